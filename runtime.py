@@ -1,0 +1,192 @@
+"""Device, precision, compilation and processes: what is left on `auto` is chosen here, and the reason is said."""
+
+import os
+import shutil
+import signal
+from contextlib import nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# Dense 16-bit tensor-core peak in FLOP/s, by a part of the device's name, the more specific first (NVIDIA data sheets).
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "GH200": 989e12,
+    "A100": 312e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "A40": 150e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "V100": 125e12,
+    "T4": 65e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+class RuntimeChoiceError(ValueError):
+    """A device, precision or number of processes that is not to be had here. The message is one line."""
+
+
+@dataclass
+class Runtime:
+    """Where and how to compute."""
+
+    device: torch.device
+    dtype: torch.dtype
+    compile: bool
+    rank: int  # of this process among all
+    world_size: int
+    why: str  # the line for the start of the log
+
+    def autocast(self):
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+    def to_device(self, *arrays):
+        """int64 numpy arrays as tensors on the device; the copy to a GPU overlaps with what it computes."""
+        tensors = [torch.from_numpy(a) for a in arrays]
+        if self.device.type != "cuda":
+            return [t.to(self.device) for t in tensors]
+        return [t.pin_memory().to(self.device, non_blocking=True) for t in tensors]
+
+    def peak_flops(self):
+        """The device's dense peak at this precision in FLOP/s, 0 where it is not known."""
+        if self.device.type != "cuda" or self.dtype == torch.float32:
+            return 0
+        name = torch.cuda.get_device_name(self.device)
+        return next((peak for part, peak in PEAK_FLOPS.items() if part in name), 0)
+
+    def sum(self, tensor):
+        """The tensor, summed in place over all processes."""
+        if self.world_size > 1:
+            torch.distributed.all_reduce(tensor)
+        return tensor
+
+
+def choose(device="auto", dtype="auto", compile="auto", training=False):
+    """The Runtime of this process. Raises RuntimeChoiceError for what this machine does not have."""
+    reasons = []
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        reasons.append("the best device here")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise RuntimeChoiceError(f"device={device} is not a device; use auto, cuda, cuda:1, mps or cpu") from None
+    if chosen.type not in ("cuda", "mps", "cpu"):
+        raise RuntimeChoiceError(f"device={device} is not supported; use auto, cuda, cuda:1, mps or cpu")
+    if chosen.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        index = int(os.environ.get("LOCAL_RANK", 0)) if world_size > 1 else chosen.index or 0
+        if index >= count:
+            raise RuntimeChoiceError(
+                f"device={device}: torch {torch.__version__} sees {count} CUDA devices here; use device=cpu, fewer "
+                "processes, or a torch and a driver that see the GPU"
+            )
+        chosen = torch.device("cuda", index)
+        torch.cuda.set_device(chosen)
+    if chosen.type == "mps" and not torch.backends.mps.is_available():
+        raise RuntimeChoiceError("device=mps: this machine has no Apple GPU that torch can use; use device=auto")
+
+    if dtype == "auto":
+        dtype, why = auto_dtype(chosen)
+        reasons.append(why)
+    if dtype == "float16" and chosen.type != "cuda":
+        raise RuntimeChoiceError(f"dtype=float16 needs a CUDA GPU, not {chosen.type}; use float32 or auto")
+    if chosen.type == "cuda":
+        # TF32 is what people expect of float32 training on a GPU; an evaluation computes what it says.
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = training
+
+    if compile == "auto":
+        compile, why = auto_compile(chosen)
+        reasons.append(why)
+    line = f"device {chosen}, dtype {dtype}, compile {compile}"
+    line += f", {world_size} processes" if world_size > 1 else ""
+    line += f" ({'; '.join(reasons)})" if reasons else ""
+    return Runtime(chosen, DTYPES[dtype], compile, rank, world_size, line)
+
+
+def auto_dtype(device):
+    if device.type != "cuda":
+        return "float32", f"float32 is the fast one on {device.type}"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major >= 8:
+        return "bfloat16", f"capability {major}.{minor} has bfloat16 in hardware"
+    return "float16", f"capability {major}.{minor} has no bfloat16 in hardware"
+
+
+def auto_compile(device):
+    if device.type == "cuda":
+        try:
+            import triton  # noqa: F401  torch.compile generates GPU kernels with it
+        except ImportError:
+            return False, "no triton to compile with"
+        return True, "compile pays on a GPU"
+    if device.type == "cpu":
+        if not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")):
+            return False, "no C++ compiler to compile with"
+        return True, "compile pays on a CPU with a C++ compiler"
+    return False, f"compile is not reliable on {device.type}"
+
+
+def compile_blocks(model, rt, batch_size):
+    """Compile the model's blocks and try one forward and backward; where that fails, say so and stay eager.
+
+    One block is enough to find out, and the others share its compiled graph.
+    """
+    block, c = model.transformer.h[0], model.config
+    h = torch.zeros(batch_size, c.block_size, c.n_embd, device=rt.device, requires_grad=True)
+    training = model.training
+    model.compile_blocks()
+    try:
+        with rt.autocast():
+            block.train()(h).sum().backward()
+            with torch.no_grad():
+                block.eval()(h)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        model.uncompile_blocks()
+        torch._dynamo.reset()
+        reason = " ".join(str(error).split())[:120]
+        print(f"compile failed ({type(error).__name__}: {reason}); going on without it", flush=True)
+    finally:
+        model.train(training)
+        model.zero_grad(set_to_none=True)
+
+
+def is_out_of_memory(error):
+    text = str(error)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text
+
+
+def start_processes(rt, backend):
+    """Join the process group that torchrun describes in the environment. A process that dies ends the others."""
+    if rt.world_size > 1:
+        backend = backend if rt.device.type == "cuda" else "gloo"
+        torch.distributed.init_process_group(backend, timeout=timedelta(minutes=10))
+
+
+class StopSignal:
+    """SIGTERM or Ctrl-C asks to stop after the step in hand: .number is then its number. A second one stops at once."""
+
+    def __init__(self):
+        self.number = 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.receive)
+
+    def receive(self, number, frame):
+        self.number = number
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, signal.SIG_DFL)
