@@ -74,7 +74,7 @@ def load(path):
         reason = " ".join(str(error).split())[:150]
         raise CheckpointError(f"{path} is not a checkpoint of plain data ({reason}); it was not opened") from None
     if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
-        raise CheckpointError(f"{path} holds no model and model_args; it is not a checkpoint of this program or nanoGPT")
+        raise CheckpointError(f"{path} holds no model and model_args: it is not a checkpoint of ours or nanoGPT's")
     if checkpoint.get("format", FORMAT) > FORMAT:
         raise CheckpointError(f"{path} was written by a newer version of this program; update this one")
     return checkpoint
@@ -152,7 +152,7 @@ def open_model(source):
         return Opened(model, str(path), path, checkpoint.get("tokenizer", ""), run.get("dataset", ""), *numbers)
     if not path.is_dir() and str(source) not in GPT2_NAMES and (path.suffix or str(source).count("/") != 1):
         raise CheckpointError(
-            f"{str(source)!r} is no checkpoint, folder or GPT-2 name ({', '.join(GPT2_NAMES)}, or OWNER/NAME on the hub)"
+            f"{str(source)!r} is no checkpoint, folder, {', '.join(GPT2_NAMES)} or OWNER/NAME on the hub"
         )
     repo = f"openai-community/{source}" if str(source) in GPT2_NAMES else str(source)
     try:

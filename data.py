@@ -23,6 +23,7 @@ import numpy as np
 
 ENDOFTEXT = "<|endoftext|>"
 SPLITS = ("train", "val", "test")
+COUNTS = ("tokens", "documents", "words", "lines", "bytes")  # of a split, in meta.json
 PIECE = 1 << 20  # bytes of text that one call of a tokenizer gets
 
 
@@ -89,7 +90,7 @@ class CharTokenizer:
 
     def encode(self, text):
         if unknown := set(text) - set(self.chars):
-            raise DataError(f"the text has {min(unknown)!r}, which is not among the model's {self.vocab_size} characters")
+            raise DataError(f"the text has {min(unknown)!r}, not one of the model's {self.vocab_size} characters")
         return np.array([self.chars.index(c) for c in text], np.uint32)
 
     def decode(self, ids):
@@ -186,8 +187,8 @@ def count_words(text):
     if not text.isascii():
         for space in OTHER_SPACE:
             text = text.replace(space, " ")
-    space = ASCII_SPACE[np.frombuffer(text.encode(), np.uint8)]
-    return int(np.count_nonzero(space[:-1] & ~space[1:])) + int(len(space) > 0 and not space[0])
+    space = ASCII_SPACE.take(np.frombuffer(text.encode(), np.uint8))
+    return int(np.count_nonzero(space[:-1] > space[1:])) + int(len(space) > 0 and not space[0])
 
 
 def encode_pieces(tok, dtype, pieces):
@@ -195,14 +196,14 @@ def encode_pieces(tok, dtype, pieces):
     found = {}
     for split, text, begins, ends in pieces:
         ids, counts = found.setdefault(split, ([], Counter()))
-        encoded = tok.encode(text)
-        ids += [[tok.eot], encoded] if begins else [encoded]
+        encoded = tok.encode(text).astype(dtype)
+        ids += [np.array([tok.eot], dtype), encoded] if begins else [encoded]
         counts["tokens"] += len(encoded)
         counts["documents"] += begins
         counts["words"] += count_words(text)
         counts["lines"] += text.count("\n") + (ends and text[-1:] not in ("", "\n"))
         counts["bytes"] += len(text) if text.isascii() else len(text.encode())
-    return {split: (np.concatenate(ids).astype(dtype), counts) for split, (ids, counts) in found.items()}
+    return {split: (np.concatenate(ids), counts) for split, (ids, counts) in found.items()}
 
 
 def write(name, tok, pieces, total_bytes, counts=None, root="data", threads=0):
@@ -253,7 +254,7 @@ def write(name, tok, pieces, total_bytes, counts=None, root="data", threads=0):
             os.fsync(f.fileno())
     splits = {}
     for split in (s for s in SPLITS if s in totals):
-        splits[split] = {k: totals[split][k] for k in ("tokens", "documents", "words", "lines", "bytes")}
+        splits[split] = {k: totals[split][k] for k in COUNTS}
         splits[split] |= {**(counts or {}).get(split, {}), "sha256": hashes[split].hexdigest()}
     meta = {"tokenizer": tok.spec, "vocab_size": tok.vocab_size, "dtype": dtype.name, "splits": splits}
     with open(partial / "meta.json", "w", encoding="utf-8") as f:
@@ -277,7 +278,7 @@ def summary(name, meta):
     """What a dataset holds, a line for each split."""
     lines = [f"data/{name}: tokenizer {meta['tokenizer'].partition(':')[0]}, {meta['vocab_size']:,} ids"]
     for split, c in meta["splits"].items():
-        facts = [f"{c[k]:,} {k}" for k in ("tokens", "documents", "words", "lines", "bytes") if c[k] is not None]
+        facts = [f"{c[k]:,} {k}" for k in COUNTS if c[k] is not None]
         lines.append(f"  {split:5s} {', '.join(facts)}")
     return "\n".join(lines)
 
@@ -332,7 +333,7 @@ class Dataset:
                 meta = json.loads(meta_path.read_text(encoding="utf-8"))
                 self.tokenizer_spec, self.vocab_size = str(meta["tokenizer"]), int(meta["vocab_size"])
                 self.dtype, self.splits = np.dtype(meta["dtype"]).newbyteorder("<"), dict(meta["splits"])
-                counts = [c[k] for c in self.splits.values() for k in ("tokens", "documents", "words", "lines", "bytes")]
+                counts = [c[k] for c in self.splits.values() for k in COUNTS]
                 if self.dtype.kind != "u" or not all(c is None or c >= 0 for c in counts):
                     raise ValueError("impossible values")
             except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -342,10 +343,9 @@ class Dataset:
                 ) from None
         else:
             self.tokenizer_spec = nanogpt_tokenizer(name, root)
-            self.vocab_size = Gpt2Tokenizer.vocab_size if self.tokenizer_spec == "gpt2" else len(self.tokenizer_spec) - 5
+            self.vocab_size = 50257 if self.tokenizer_spec == "gpt2" else len(self.tokenizer_spec) - len("char:")
             self.dtype = np.dtype("<u2")
-            unknown = dict.fromkeys(("tokens", "documents", "words", "lines", "bytes", "sha256"))
-            self.splits = {split: dict(unknown) for split in self.paths}
+            self.splits = {split: dict.fromkeys((*COUNTS, "sha256")) for split in self.paths}
 
     @property
     def eot(self):
@@ -462,10 +462,10 @@ def batch(tokens, block_size, seed, first, count):
 
 
 def stream_windows(n, block_size, stride=0):
-    """The windows of the `stream` protocol over n ids: [(begin, end, first scored)]; every id but the first is scored once.
+    """The windows of the `stream` protocol over n ids, [(begin, end, first scored)]; each id but the first counts once.
 
-    A window reads ids[begin:end]; the targets from `first scored` on count. stride 0 or block_size: disjoint, block_size
-    inputs and as many targets. Else windows of block_size ids, each `stride` further, as transformers' guide has them.
+    A window reads ids[begin:end]; the targets from `first scored` on count. stride 0 or block_size: disjoint, with
+    block_size inputs and as many targets. Else block_size ids, each `stride` further, as transformers' guide has them.
     """
     windows, scored, begin = [], 1, 0
     width, step = (block_size, stride) if 0 < stride < block_size else (block_size + 1, block_size)

@@ -45,7 +45,7 @@ class CausalSelfAttention(nn.Module):
         self.n_head = config.n_head
 
     def forward(self, x, cache=None, past=0):
-        """x (B, T, C) -> (B, T, C). `cache` (2, B, nh, block_size, hs) holds the keys and values of `past` positions."""
+        """x (B, T, C) -> (B, T, C). `cache` (2, B, nh, block_size, hs) holds keys and values of `past` positions."""
         B, T, C = x.shape
         q, k, v = (z.view(B, T, self.n_head, -1).transpose(1, 2) for z in self.c_attn(x).split(C, dim=2))
         if cache is not None:
@@ -173,7 +173,7 @@ def chunked_nll(x, weight, targets):
 
 
 class GPT(nn.Module):
-    """model(idx, targets) is the loss to train on; model(idx) the logits; model.nll() scores; model.generate() writes."""
+    """model(idx, targets) has the loss to train on, model(idx) the logits; nll() scores, generate() writes."""
 
     def __init__(self, config):
         super().__init__()
@@ -332,8 +332,8 @@ class GPT(nn.Module):
         model = cls(config)
         wanted = model.state_dict()
         state = {k: v.t() if k.endswith(CONV1D) else v for k, v in state.items()}
-        wrong = [k for k in wanted if k not in state or state[k].shape != wanted[k].shape] + sorted(set(state) - set(wanted))
-        if wrong:
+        wrong = [k for k in wanted if k not in state or state[k].shape != wanted[k].shape]
+        if wrong := wrong + sorted(set(state) - set(wanted)):
             raise ValueError(f"{folder / 'model.safetensors'} does not fit its config.json: {wrong[0]}")
         model.load_state_dict(state)
         return model

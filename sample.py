@@ -1,0 +1,110 @@
+"""Write text with a model.
+
+    python sample.py                                              the newest run under out/
+    python sample.py --init_from=gpt2 --start="Once upon a time" --num_samples=4
+    python sample.py --start=FILE:prompt.txt --temperature=0      greedy
+    echo "def main" | python sample.py --start=-
+
+The text goes to standard output, what the program says of itself to standard error.
+"""
+
+import codecs
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+import checkpoint
+import config
+import data
+import runtime
+
+
+@dataclass
+class Settings:
+    out_dir: str = ""  # the run to sample from; '' is the newest under out/
+    init_from: str = ""  # instead of a run: a checkpoint, gpt2*, a Hugging Face folder
+    start: str = ""  # the prompt: text, FILE:path, or - for standard input; '' is the beginning of a document
+    num_samples: int = 1  # drawn at once
+    max_new_tokens: int = 500  # the most that a sample gets; one ends by itself at end-of-text
+    temperature: float = 0.8  # below 1 more likely text; 0 always takes the likeliest token
+    top_k: int = 200  # draw among so many of the likeliest tokens; 0 is all
+    top_p: float = 1.0  # draw among the likeliest that together have this probability
+    seed: int = 1337
+    # machine
+    device: str = "auto"  # auto, cuda, cuda:1, mps, cpu
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the matrix products
+
+
+def read_prompt(start):
+    """The prompt that --start names. Raises UserError where it cannot be read."""
+    try:
+        if start == "-":
+            return sys.stdin.buffer.read().decode()
+        if start.startswith("FILE:"):
+            return Path(start[5:]).read_bytes().decode()
+        return start.encode("utf-8", "surrogateescape").decode()  # the bytes that the shell handed over
+    except OSError as error:
+        raise config.UserError(f"--start={start}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise config.UserError(f"the prompt is not UTF-8 at byte {error.start}; convert it") from None
+
+
+def encode_prompt(text, tok):
+    """A prompt's ids; the text <|endoftext|> in it is the end-of-text, an empty prompt the beginning of a document."""
+    if tok.eot < 0:
+        return tok.encode(text or "\n").tolist()
+    ids = []
+    for i, part in enumerate(text.split(data.ENDOFTEXT)):
+        ids += [tok.eot] if i else []
+        ids += tok.encode(part).tolist()
+    return ids or [tok.eot]
+
+
+def main():
+    s = config.load(Settings, command_line_only=("init_from",))
+    config.check(s, positive="num_samples max_new_tokens", not_negative="temperature top_k seed")
+    if not 0 < s.top_p <= 1:
+        raise config.UserError(f"top_p={s.top_p}: top_p is a probability, more than 0 and at most 1")
+    rt = runtime.choose(s.device, s.dtype, compile=False)
+    opened = checkpoint.open_run(s.out_dir, s.init_from)
+    tok = data.tokenizer(opened.tokenizer or data.nanogpt_tokenizer(opened.dataset))
+    model = opened.model.to(rt.device).eval()
+    text = read_prompt(s.start)
+    prompt = encode_prompt(text, tok)
+    print(f"{opened.name}: step {opened.iter_num:,}; {rt.why}", file=sys.stderr)
+    if len(prompt) > model.config.block_size:
+        print(f"of the prompt's {len(prompt):,} tokens the last {model.config.block_size:,} are read", file=sys.stderr)
+
+    generator = torch.Generator(rt.device).manual_seed(s.seed)
+    idx = torch.tensor([prompt] * s.num_samples, device=rt.device)  # (B, T)
+    streams = s.num_samples == 1
+    decoder, samples, drawn_in_all, began = codecs.getincrementaldecoder("utf-8")("replace"), [], 0, time.perf_counter()
+    sys.stdout.reconfigure(encoding="utf-8")
+    if streams:
+        print(text, end="", flush=True)
+    with rt.autocast():
+        options = dict(temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, eot=tok.eot, vocab_size=tok.vocab_size)
+        for drawn in model.generate(idx, s.max_new_tokens, **options, generator=generator):
+            ids = drawn.tolist()
+            if streams and ids[0] != tok.eot:
+                print(decoder.decode(tok.decode(ids)), end="", flush=True)
+            samples.append(ids)
+    seconds = time.perf_counter() - began
+    for sample in [] if streams else zip(*samples, strict=True):
+        ids = sample[: sample.index(tok.eot)] if tok.eot in sample else sample
+        drawn_in_all += len(ids)
+        print(text + tok.decode(ids).decode("utf-8", "replace"))
+        print("-" * 15)
+    if streams:
+        print(decoder.decode(b"", final=True))
+        drawn_in_all = len(samples)
+    print(f"{drawn_in_all:,} tokens, {drawn_in_all / seconds:,.1f} tokens/s", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        config.run(main, checkpoint.CheckpointError, data.DataError, runtime.RuntimeChoiceError)

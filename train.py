@@ -3,6 +3,8 @@
     python train.py config/demo.py
     python train.py config/wikitext103.py --batch_size=32
     torchrun --nproc_per_node=8 train.py config/wikitext103.py
+
+Later wins: the defaults below, then config files, then --KEY=VALUE.
 """
 
 import itertools
@@ -262,7 +264,8 @@ def main():
         say(f"starting from {opened.name}")
     model.set_dropout(s.dropout)
     model.to(rt.device).train()
-    say(f"{model.num_params() / 1e6:.2f} M parameters without positions, {model.flops_per_token() / 1e9:.3f} GFLOP a token")
+    size, flops = model.num_params(), model.flops_per_token()
+    say(f"{size / 1e6:.2f} M parameters without positions, {flops / 1e9:.3f} GFLOP a token")
     optimizer = torch.optim.AdamW(
         model.optim_groups(s.weight_decay), lr=s.learning_rate, betas=(s.beta1, s.beta2), fused=rt.device.type != "mps"
     )
@@ -376,13 +379,13 @@ def main():
             since, steps_since = time.perf_counter(), 0
             speeds.append(seconds)
             speed = sequences * s.block_size / seconds
-            mfu = speed * model.flops_per_token() / peak if peak else None
+            mfu = speed * flops / peak if peak else None
             left = time.strftime("%H:%M:%S", time.gmtime((max_iters - step) * sorted(speeds)[len(speeds) // 2]))
             row = {"step": step, "tokens": step * sequences * s.block_size, "epoch": first_sequence / blocks}
             row |= {"loss": loss, "lr": rate, "grad_norm": norm, "tokens_per_sec": speed, "mfu": mfu}
             say(
-                f"step {step:,}/{max_iters:,} | epoch {row['epoch']:.2f} | loss {loss:.4f} | lr {rate:.2e} | norm {norm:.2f} | "
-                f"{speed:,.0f} tokens/s | " + (f"MFU {mfu:.1%} | " if peak else "") + f"{left} left"
+                f"step {step:,}/{max_iters:,} | epoch {row['epoch']:.2f} | loss {loss:.4f} | lr {rate:.2e} | "
+                f"norm {norm:.2f} | {speed:,.0f} tokens/s | " + (f"MFU {mfu:.1%} | " if peak else "") + f"{left} left"
             )
         if s.save_interval and step % s.save_interval == 0:
             save("ckpt.pt", f"ckpt_iter_{step}.pt")

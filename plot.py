@@ -1,0 +1,69 @@
+"""Draw the train and validation loss of one or more runs over the tokens they have seen.
+
+    python plot.py out/demo
+    python plot.py out/small out/large --out=compare.png
+
+The rows come from metrics.jsonl in the folder of each run.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import config
+
+
+@dataclass
+class Settings:
+    run: tuple[str, ...] = ()
+    out: str = ""  # the picture, .png, .svg or .pdf; '' is loss.png in the first run's folder
+
+
+def read_metrics(run):
+    """The rows of a run's metrics.jsonl; `run` is its folder or the file. Raises UserError where there are none."""
+    path = Path(run, "metrics.jsonl") if Path(run).is_dir() else Path(run)
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        curves = {key: [(r["tokens"], r[key]) for r in rows if key in r] for key in ("loss", "val_loss")}
+    except OSError as error:
+        raise config.UserError(f"{path}: {error.strerror}; name the folder of a run") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise config.UserError(f"{path} is not the metrics of a run ({error})") from None
+    if not any(curves.values()):
+        raise config.UserError(f"{path} has no rows yet")
+    return curves
+
+
+def main():
+    s = config.load(Settings, positional="run")
+    if not s.run:
+        raise config.UserError("name the folder of a run, such as out/demo")
+    runs = {run: read_metrics(run) for run in s.run}
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for i, (run, curves) in enumerate(runs.items()):
+        name = Path(run).resolve().name if Path(run).is_dir() else run
+        for key, label, style in (
+            ("loss", "train", {"alpha": 0.35, "linewidth": 1}),
+            ("val_loss", "validation", {"marker": "."}),
+        ):
+            if curves[key]:
+                axes.plot(*zip(*curves[key], strict=True), color=f"C{i}", label=f"{name}, {label}", **style)
+    axes.set(xlabel="tokens", ylabel="loss (nats per token)")
+    axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter())
+    axes.grid(alpha=0.3)
+    axes.legend()
+    out = Path(s.out) if s.out else Path(s.run[0] if Path(s.run[0]).is_dir() else ".") / "loss.png"
+    try:
+        figure.savefig(out, dpi=120)
+    except (OSError, ValueError) as error:
+        raise config.UserError(f"{out} can't be written ({error}); --out=PATH names another") from None
+    print(out)
+
+
+if __name__ == "__main__":
+    config.run(main)

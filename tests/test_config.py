@@ -1,0 +1,537 @@
+"""Settings: defaults < files < command line, typed, and every mistake one line."""
+
+import contextlib
+import io
+import math
+import os
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import config
+import train
+
+ROOT = Path(config.__file__).parent.parent
+CONFIG_FILES = [p for p in sorted((ROOT / "config").glob("*.py")) if p.name != "__init__.py"]
+
+
+@dataclass
+class Example:
+    """Every kind of setting there is. The # here is no comment."""
+
+    # the first group
+    out_dir: str = "out"  # text
+    batch_size: int = 12  # a whole number
+    learning_rate: float = 6e-4  # a number
+    decay_lr: bool = True  # a switch
+    # the second group
+    wandb_tags: tuple[str, ...] = ()  # a list of texts
+    sizes: tuple[int, ...] = (1, 2)  # a list of numbers, not a shared key
+    compile: Literal["auto", True, False] = "auto"  # one of several: # and all
+
+
+EXPECTED_TYPE = {"out_dir": str, "batch_size": int, "learning_rate": float, "decay_lr": bool}
+
+
+@pytest.fixture
+def write(tmp_path):
+    """write(text) -> the path of a config file with that text."""
+
+    def write(text, name="run.py"):
+        path = tmp_path / name
+        path.write_text(text, encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+def outcome(argv, cls=Example, **kwargs):
+    """What run() makes of the arguments: (settings, "") or (None, what it wrote to stderr), status 2."""
+    out, err = [], io.StringIO()
+    with contextlib.redirect_stderr(err):
+        try:
+            config.run(lambda: out.append(config.load(cls, argv, **kwargs)))
+        except SystemExit as end:
+            assert end.code == 2
+            return None, err.getvalue()
+    return out[0], err.getvalue()
+
+
+def fits(value, key):
+    """Is `value` one that the setting `key` of Example may hold?"""
+    if key == "compile":
+        return any(value is choice for choice in (True, False)) or value == "auto"
+    if key in ("wandb_tags", "sizes"):
+        return type(value) is tuple and all(type(v) is (int if key == "sizes" else str) for v in value)
+    return type(value) is EXPECTED_TYPE[key] and (type(value) is not float or math.isfinite(value))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Precedence
+
+
+def test_no_arguments_give_the_defaults():
+    assert config.load(Example, []) == Example()
+
+
+def test_later_wins_and_the_command_line_wins_over_every_file(write):
+    first = write("out_dir = 'a'\nbatch_size = 1\nlearning_rate = 1.0\n", "first.py")
+    second = write("batch_size = 2\nlearning_rate = 2.0\n", "second.py")
+    assert config.load(Example, [first]) == Example("a", 1, 1.0)
+    assert config.load(Example, [first, second]) == Example("a", 2, 2.0)
+    assert config.load(Example, [second, first]) == Example("a", 1, 1.0)
+    # wherever it stands among the arguments
+    assert config.load(Example, ["--learning_rate=3", first, second]) == Example("a", 2, 3.0)
+    assert config.load(Example, [first, "--learning_rate=4", second, "--learning_rate=3"]) == Example("a", 2, 3.0)
+
+
+def test_arguments_default_to_those_of_the_process(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--batch_size=5"])
+    assert config.load(Example).batch_size == 5
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Types
+
+
+@pytest.mark.parametrize(
+    "arg, value",
+    [
+        ("--batch_size=32", 32),
+        ("--batch-size=32", 32),
+        ("--batch_size=1_000", 1000),
+        ("--batch_size=1e3", 1000),
+        ("--batch_size=2.0", 2),
+        ("--batch_size=-1", -1),
+        (f"--batch_size={2**53 + 1}", 2**53 + 1),
+        ("--learning_rate=1", 1.0),
+        ("--learning_rate=1e-3", 0.001),
+        ("--learning_rate=1_0.5", 10.5),
+        ("--decay_lr=True", True),
+        ("--decay_lr=true", True),
+        ("--decay_lr=False", False),
+        ("--decay_lr=false", False),
+        ("--out_dir=out/x", "out/x"),
+        ("--out_dir=", ""),
+        ("--out_dir=None", "None"),
+        ("--out_dir=007", "007"),
+        ("--out_dir=a=b=c", "a=b=c"),  # only the first = splits
+        ("--out_dir=--x", "--x"),
+        ("--wandb_tags=a,b", ("a", "b")),
+        ("--wandb_tags=a", ("a",)),
+        ("--wandb_tags=a=1,b-c", ("a=1", "b-c")),
+        ("--wandb_tags=", ()),
+        ("--sizes=1_0,2e1", (10, 20)),
+        ("--compile=auto", "auto"),
+        ("--compile=True", True),
+        ("--compile=true", True),
+        ("--compile=False", False),
+    ],
+)
+def test_text_is_read_as_the_type_of_the_default(arg, value):
+    key = arg[2:].partition("=")[0].replace("-", "_")
+    read = getattr(config.load(Example, [arg]), key)
+    assert read == value and type(read) is type(value)
+
+
+@pytest.mark.parametrize(
+    "arg, wanted",
+    [
+        ("--batch_size=0.5", "a whole number"),
+        ("--batch_size=1e-3", "a whole number"),
+        ("--batch_size=", "a whole number"),
+        ("--batch_size=many", "a whole number"),
+        ("--batch_size=True", "a whole number"),
+        ("--batch_size=nan", "a whole number"),
+        ("--batch_size=inf", "a whole number"),
+        ("--batch_size=1e999", "a whole number"),
+        ("--batch_size=" + "9" * 5000, "a whole number"),  # more digits than int() reads
+        ("--learning_rate=nan", "a number"),
+        ("--learning_rate=inf", "a number"),
+        ("--learning_rate=-Infinity", "a number"),
+        ("--learning_rate=1e999", "a number"),
+        ("--learning_rate=fast", "a number"),
+        ("--learning_rate=", "a number"),
+        ("--decay_lr=1", "True or False"),
+        ("--decay_lr=yes", "True or False"),
+        ("--decay_lr=", "True or False"),
+        ("--sizes=1,2.5", "a whole number"),
+        ("--compile=maybe", "one of auto, True, False"),
+        ("--compile=1", "one of auto, True, False"),
+        ("--compile=", "one of auto, True, False"),
+    ],
+)
+def test_text_of_another_type_is_refused_and_the_argument_named(arg, wanted):
+    with pytest.raises(config.UserError) as error:
+        config.load(Example, [arg])
+    assert str(error.value).startswith(arg) and str(error.value).endswith(f"takes {wanted}")
+
+
+@pytest.mark.parametrize(
+    "line, value",
+    [
+        ("learning_rate = 1", 1.0),  # an int serves a float
+        ("batch_size = 1e3", 1000),
+        ("batch_size = 2 ** 10", 1024),
+        (f"batch_size = {2**53 + 1}", 2**53 + 1),  # which no float holds
+        ("wandb_tags = ['a', 'b']", ("a", "b")),
+        ("wandb_tags = 'a', 'b'", ("a", "b")),
+        ("wandb_tags = 'a,b'", ("a", "b")),
+        ("compile = True", True),
+        ("compile = 'auto'", "auto"),
+        ("decay_lr = False", False),
+    ],
+)
+def test_values_in_a_file_serve_their_type(write, line, value):
+    key = line.split()[0]
+    read = getattr(config.load(Example, [write(line)]), key)
+    assert read == value and type(read) is type(value)
+
+
+@pytest.mark.parametrize(
+    "line, wanted",
+    [
+        ("batch_size = 0.5", "a whole number"),
+        ("batch_size = '32'", "a whole number"),
+        ("batch_size = True", "a whole number"),
+        ("batch_size = None", "a whole number"),
+        ("batch_size = float('nan')", "a whole number"),
+        ("batch_size = float('inf')", "a whole number"),
+        ("learning_rate = '1e-3'", "a number"),
+        ("learning_rate = float('nan')", "a number"),
+        ("learning_rate = -float('inf')", "a number"),
+        ("learning_rate = 10 ** 400", "a number"),
+        ("learning_rate = False", "a number"),
+        ("decay_lr = 1", "True or False"),
+        ("decay_lr = 'True'", "True or False"),
+        ("out_dir = 3", "text in quotes"),
+        ("out_dir = None", "text in quotes"),
+        ("wandb_tags = 3", "a list, written a,b"),
+        ("wandb_tags = ['a', 3]", "text in quotes"),
+        ("compile = 1", "one of auto, True, False"),
+        ("compile = 'True'", "one of auto, True, False"),
+        ("compile = None", "one of auto, True, False"),
+    ],
+)
+def test_a_value_of_another_type_in_a_file_is_refused_and_its_line_named(write, line, wanted):
+    path = write(f"# why\n\n{line}\n")
+    with pytest.raises(config.UserError) as error:
+        config.load(Example, [path])
+    assert str(error.value).startswith(f"{path}:3: {line.split()[0]} = ")
+    assert str(error.value).endswith(f"takes {wanted}")
+
+
+NUMBERS = st.one_of(st.integers(), st.floats()).map(str) | st.from_regex(r"-?[0-9_.]{1,4}(e[+-]?[0-9]{1,3})?")
+WORDS = st.sampled_from(["True", "false", "auto", "nan", "-inf", "1e3", "1_000", "0.5", "None", "a,b", "1,2", " ", "="])
+
+
+@settings(max_examples=300, deadline=None, database=None)
+@given(st.sampled_from([f.name for f in fields(Example)]), st.text() | NUMBERS | WORDS | st.lists(NUMBERS).map(",".join))
+def test_any_text_gives_a_value_of_the_right_type_or_one_line(key, text):
+    s, err = outcome([f"--{key}={text}"])
+    if s is None:
+        assert err.endswith(f"{key} takes {err.rpartition(f'{key} takes ')[2]}") and len(err.splitlines()) == 1
+    else:
+        assert err == "" and fits(getattr(s, key), key)
+        assert asdict(s) == asdict(Example()) | {key: getattr(s, key)}  # and nothing else has changed
+
+
+LITERALS = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary()
+VALUES = LITERALS | st.lists(LITERALS | st.lists(LITERALS)) | st.dictionaries(st.text(), LITERALS)
+
+
+@settings(max_examples=100, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(["batch_size", "learning_rate", "decay_lr", "out_dir", "compile"]), VALUES)
+def test_any_value_in_a_file_gives_one_of_the_right_type_or_one_line(write, key, value):
+    s, err = outcome([write(f"inf = nan = float('inf')\ndel inf, nan\n{key} = {value!r}\n")])
+    if s is None:
+        assert "run.py:3: " in err and len(err.splitlines()) == 1
+    else:
+        assert err == "" and fits(getattr(s, key), key) and getattr(s, key) == value
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Names
+
+
+def test_what_is_no_plain_value_in_a_file_is_no_setting(write):
+    path = write(
+        "import math\nimport os.path as where\nfrom pathlib import Path\nfrom math import sqrt\n"
+        "def steps(n):\n    inside = 2\n    return n * inside\n"
+        "class Run:\n    size = 3\n"
+        "half = lambda n: n // 2\n"
+        "_tokens = 2 ** 9\n__version__ = 1\n"
+        "batch_size = int(sqrt(_tokens * steps(Run.size - 2) // half(2)))\n"
+    )
+    assert config.load(Example, [path]) == Example(batch_size=32)
+
+
+def test_a_file_may_import_its_neighbours_by_their_path(write):
+    write("value = 7\n", "neighbour.txt")
+    path = write("from pathlib import Path\nbatch_size = int(Path(__file__).with_name('neighbour.txt').read_text()[8:])\n")
+    assert config.load(Example, [path]).batch_size == 7
+
+
+def test_an_unknown_key_in_a_file_names_the_line_and_the_nearest_key(write):
+    path = write("out_dir = 'x'\n\nlearning_rte = 1e-3\n")
+    with pytest.raises(config.UserError) as error:
+        config.load(Example, [path])
+    assert str(error.value).startswith(f"{path}:3: ") and "'learning_rate'" in str(error.value)
+
+
+@pytest.mark.parametrize("arg, near", [("--batchsize=3", "'batch_size'"), ("--learning-rat=3", "'learning_rate'")])
+def test_an_unknown_key_on_the_command_line_names_the_argument_and_the_nearest_key(arg, near):
+    with pytest.raises(config.UserError) as error:
+        config.load(Example, [arg])
+    assert str(error.value).startswith(arg) and near in str(error.value)
+
+
+@pytest.mark.parametrize("arg", ["--", "--=", "--=3", "--qqqqqqqq=1", "--__init__=3", "--qqqqqqqq"])
+def test_a_key_that_is_like_no_other_is_refused_without_a_guess(arg):
+    with pytest.raises(config.UserError, match="unknown setting") as error:
+        config.load(Example, [arg])
+    assert "nearest" not in str(error.value)
+
+
+def test_a_file_may_hold_any_key_of_train_eval_and_sample_and_the_command_line_only_its_own(write):
+    path = write("".join(f"{f.name} = {f.default!r}\n" for f in fields(train.Settings)) + "batch_size = 3\n")
+    assert config.load(Example, [path]).batch_size == 3
+    with pytest.raises(config.UserError, match="unknown setting 'n_layer'"):
+        config.load(Example, ["--n_layer=3"])
+
+
+@pytest.mark.parametrize("script", config.SHARED_BY)
+def test_the_shared_keys_are_those_that_the_scripts_declare(script):
+    declared = getattr(__import__(script.removesuffix(".py")), "Settings")
+    assert {f.name for f in fields(declared)} <= config.shared_keys()
+
+
+def test_a_key_of_its_own_is_known_to_a_script_beside_the_shared_ones(write):
+    assert "sizes" not in config.shared_keys()
+    assert config.load(Example, [write("sizes = [3]\n")]).sizes == (3,)
+
+
+def test_a_file_does_not_set_what_only_the_command_line_may(write):
+    path = write("out_dir = 'of the training'\nbatch_size = 3\n")
+    s = config.load(Example, [path], command_line_only=("out_dir",))
+    assert s == Example(batch_size=3)
+    s = config.load(Example, [path, "--out_dir=mine"], command_line_only=("out_dir",))
+    assert s == Example(out_dir="mine", batch_size=3)
+
+
+def test_bare_arguments_go_to_the_positional_setting():
+    s = config.load(Example, ["a.txt", "--batch_size=3", "b=c"], positional="wandb_tags")
+    assert s == Example(batch_size=3, wandb_tags=("a.txt", "b=c"))
+    assert config.load(Example, [], positional="wandb_tags").wandb_tags == ()
+
+
+@pytest.mark.parametrize("bare", [[], ["b"]])
+def test_a_positional_setting_by_its_name_is_a_value_or_a_mistake_and_no_traceback(bare):
+    s, err = outcome(["--wandb_tags=a", *bare], positional="wandb_tags")
+    assert len(err.splitlines()) == 1 if s is None else s.wandb_tags[:1] == ("a",)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Mistakes with files
+
+
+def test_a_missing_file_is_answered_with_the_nearest_one(tmp_path, monkeypatch):
+    (tmp_path / "config").mkdir()
+    for name in ("__init__.py", "wikitext103.py", "demo.py"):
+        (tmp_path / "config" / name).touch()
+    monkeypatch.chdir(tmp_path)
+    for wrong in ("config/wikitext.py", "wikitext103", "wikitext103.py"):
+        with pytest.raises(config.UserError, match=r"no such config file; did you mean config/wikitext103\.py\?"):
+            config.load(Example, [wrong])
+    with pytest.raises(config.UserError, match="^config: no such config file"):  # a folder is no file
+        config.load(Example, ["config"])
+    with pytest.raises(config.UserError, match="^qqqq: no such config file$"):
+        config.load(Example, ["qqqq"])
+
+
+@pytest.mark.parametrize("arg", ["batch_size=32", "-batch_size=32"])
+def test_a_setting_without_its_dashes_is_told_apart_from_a_missing_file(arg):
+    with pytest.raises(config.UserError, match=f"^{arg}: .* write --batch_size=32$"):
+        config.load(Example, [arg])
+
+
+@pytest.mark.parametrize("args", [["--batch_size"], ["--batch-size"], ["--batch_size", "32"], ["--decay_lr"]])
+def test_a_key_without_a_value_is_told_how_to_write_it(args, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    s, err = outcome(args)
+    assert s is None and len(err.splitlines()) == 1
+    if len(args) == 1:
+        assert err.endswith(f"{args[0]}: a value is missing, write --{args[0][2:].replace('-', '_')}=VALUE\n")
+
+
+@pytest.mark.parametrize(
+    "text, line, what",
+    [
+        ("batch_size = 3\n\nlearning_rate = = 1\n", 3, "SyntaxError"),
+        ("batch_size = (3\n", 1, "SyntaxError"),
+        ("batch_size = 3\n  out_dir = 'x'\n", 2, "IndentationError"),
+        ("batch_size = 3\n\0", 1, "null bytes"),
+        ("\nbatch_size = 1 / 0\n", 2, "ZeroDivisionError"),
+        ("batch_size = n\n", 1, "NameError"),
+        ("\ndef f():\n    return [][0]\n\nbatch_size = f()\n", 3, "IndexError"),
+        ("\n\nimport no_such_module\n", 3, "ModuleNotFoundError"),
+        ("import json\njson.loads('{')\n", 2, "JSONDecodeError"),
+        ("\n\neval('1 +')\n", 3, "SyntaxError"),
+        ("\nraise SystemExit(0)\n", 2, "SystemExit"),
+        ("\nraise ValueError('two\\nlines')\n", 2, "ValueError: two lines"),
+    ],
+)
+def test_a_file_that_does_not_run_ends_in_one_line_that_names_its_line(write, text, line, what):
+    path = write(text)
+    s, err = outcome([path])
+    assert s is None and len(err.splitlines()) == 1
+    assert f"{path}:{line}: " in err and what in err
+
+
+def test_a_file_that_is_not_utf8_ends_in_one_line(tmp_path):
+    (tmp_path / "run.py").write_bytes(b"out_dir = 'caf\xe9'\n")
+    s, err = outcome([str(tmp_path / "run.py")])
+    assert s is None and "run.py:1: " in err and len(err.splitlines()) == 1
+
+
+def test_a_byte_order_mark_is_no_mistake(tmp_path):
+    """Python runs such a file, and editors on Windows write one."""
+    (tmp_path / "run.py").write_bytes(b"\xef\xbb\xbfbatch_size = 3\n")
+    assert config.load(Example, [str(tmp_path / "run.py")]).batch_size == 3
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Ranges, help, the end of a program
+
+
+@dataclass
+class Ranges:
+    n: float = 0.5
+    m: float = 0.5
+
+
+@pytest.mark.parametrize("kind", ["positive", "not_negative", "fraction"])
+@pytest.mark.parametrize("value", [-1, -1e-9, 0, 1e-9, 0.5, 1 - 1e-9, 1, 10**400])
+def test_check_admits_what_is_in_range(kind, value):
+    good = {"positive": value > 0, "not_negative": value >= 0, "fraction": 0 <= value < 1}[kind]
+    if good:
+        config.check(Ranges(m=value), **{kind: "n m"})
+    else:
+        with pytest.raises(config.UserError, match=f"^m={value}: m "):
+            config.check(Ranges(m=value), **{kind: "n m"})
+        config.check(Ranges(m=value), **{kind: "n"})  # only what is named is looked at
+
+
+@pytest.mark.parametrize("cls", [Example, train.Settings])
+def test_help_shows_each_key_with_its_default_and_comment(cls):
+    shown = [line for line in config.help_text(cls).splitlines() if line.startswith("  --")]
+    args = [line.partition("  ")[0] for line in map(str.strip, shown)]
+    comments = {arg.partition("=")[0][2:]: line.split(arg, 1)[1].strip() for arg, line in zip(args, shown, strict=True)}
+    assert [*comments] == [f.name for f in fields(cls)]
+    assert all(comments.values())
+    assert config.load(cls, args) == cls()  # each default as the command line takes it
+
+
+def test_help_has_the_docstring_the_groups_and_whole_comments():
+    text = config.help_text(Example)
+    assert text.startswith(__doc__) and "[CONFIG_FILE...]" in text
+    assert text.index("the first group") < text.index("--out_dir") < text.index("the second group")
+    assert "one of several: # and all" in text and "here is no comment" not in text
+
+
+def test_help_of_a_positional_setting_shows_it_in_the_usage_alone():
+    text = config.help_text(Example, positional="wandb_tags")
+    assert "WANDB_TAGS..." in text and "--wandb_tags" not in text and "CONFIG_FILE" not in text
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_is_printed_whatever_else_is_asked(flag, capsys):
+    with pytest.raises(SystemExit) as end:
+        config.load(Example, ["nothing.py", flag, "--nothing=3"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out.strip() == config.help_text(Example)
+
+
+SCRIPT = """
+'''A script.'''
+import sys
+from dataclasses import dataclass
+import config
+
+@dataclass
+class Settings:
+    lines: int = 1  # lines to write
+    fail: str = ""  # how to end
+
+def main():
+    s = config.load(Settings)
+    print("a line of output\\n" * s.lines)
+    if s.fail:
+        raise {"user": config.UserError, "os": OSError, "key": KeyboardInterrupt, "bug": IndexError}[s.fail]("two\\nlines")
+
+config.run(main, OSError)
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(tmp_path / "script.py")]
+    return lambda *args: subprocess.Popen(
+        [*command, *args], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.mark.parametrize(
+    "args, status, line",
+    [
+        (["--lines=2"], 0, None),
+        (["--help"], 0, None),
+        (["--fail=user"], 2, "script.py: two lines"),
+        (["--fail=os"], 2, "script.py: two lines"),
+        (["--fail=key"], 130, "script.py: interrupted"),
+        (["--lines=a\nb"], 2, "script.py: --lines=a b: lines takes a whole number"),
+        (["--lins=3"], 2, "script.py: --lins=3: unknown setting 'lins', the nearest is 'lines'; --help lists them all"),
+    ],
+)
+def test_a_mistake_ends_in_one_line_and_its_status(script, args, status, line):
+    with script(*args) as process:
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert err == (f"{line}\n" if line else "")
+    assert ("a line of output" in out) == ("--fail" in args[0] or args == ["--lines=2"])
+
+
+def test_a_bug_keeps_its_traceback(script):
+    with script("--fail=bug") as process:
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and err.startswith("Traceback") and "IndexError" in err
+
+
+def test_a_reader_that_leaves_is_no_mistake(script):
+    """As in `script.py | head -1`."""
+    with script("--lines=100_000") as process:
+        assert process.stdout.readline() == "a line of output\n"
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 141
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The files of this repository
+
+
+@pytest.mark.parametrize("path", CONFIG_FILES, ids=lambda p: p.name)
+def test_a_config_of_the_repository_loads_for_every_script(path):
+    s = config.load(train.Settings, [str(path)])
+    train.check(s)
+    assert s != train.Settings()
+    assert s.out_dir == f"out/{path.stem}" or s.eval_only
+    config.load(Example, [str(path)])
