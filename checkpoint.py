@@ -7,6 +7,7 @@ format, n_inner, scaler, sequence_index, tokenizer, data_sha256, wandb_run_id.
 
 import contextlib
 import os
+import shutil
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +24,11 @@ class CheckpointError(ValueError):
     """A checkpoint or a model that is missing, broken or of another kind. The message is one line with the remedy."""
 
 
-def save(path, checkpoint):
-    """Write a checkpoint so that `path` is at every instant the old file or the new one, whole. Raises OSError."""
+def save(path, checkpoint, links=()):
+    """Write a checkpoint so that `path` is at every instant the old file or the new one, whole. Raises OSError.
+
+    `links` are further names of the file; they keep it when `path` is written again.
+    """
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     try:
@@ -32,6 +36,13 @@ def save(path, checkpoint):
             torch.save(checkpoint, f)
             f.flush()
             os.fsync(f.fileno())
+        for link in links:
+            link.unlink(missing_ok=True)
+            try:
+                os.link(partial, link)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(partial, link.with_name(link.name + ".partial"))
+                os.replace(link.with_name(link.name + ".partial"), link)
         os.replace(partial, path)
     except RuntimeError as error:  # torch's writer hides what the system said, such as a full disk
         raise OSError(f"writing {path} failed: {error}") from None

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
 from tqdm import tqdm
 
 import checkpoint
@@ -146,5 +145,4 @@ FORMATS = {"tokens_scored": ",", "token_ppl": ",.4f", "word_ppl": ",.4f", "bits_
 
 
 if __name__ == "__main__":
-    with torch.inference_mode():
-        config.run(main, checkpoint.CheckpointError, data.DataError, runtime.RuntimeChoiceError)
+    config.run(main, checkpoint.CheckpointError, data.DataError, runtime.RuntimeChoiceError)

@@ -173,6 +173,19 @@ def start_processes(rt, backend):
         torch.distributed.init_process_group(backend, timeout=timedelta(minutes=10))
 
 
+def wrap(model, rt):
+    """The model, or around it what averages the gradients of all processes."""
+    if rt.world_size == 1:
+        return model
+    ids = [rt.device.index] if rt.device.type == "cuda" else None
+    return torch.nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+
+
+def leave_processes(rt):
+    if rt.world_size > 1:
+        torch.distributed.destroy_process_group()
+
+
 class StopSignal:
     """SIGTERM or Ctrl-C asks to stop after the step in hand: .number is then its number. A second one stops at once."""
 

@@ -106,5 +106,4 @@ def main():
 
 
 if __name__ == "__main__":
-    with torch.inference_mode():
-        config.run(main, checkpoint.CheckpointError, data.DataError, runtime.RuntimeChoiceError)
+    config.run(main, checkpoint.CheckpointError, data.DataError, runtime.RuntimeChoiceError)

@@ -11,10 +11,10 @@ import itertools
 import json
 import math
 import os
-import shutil
 import sys
 import time
 from collections import deque
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -74,6 +74,13 @@ class Settings:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the matrix products
     compile: Literal["auto", True, False] = "auto"  # torch.compile
     backend: str = "nccl"  # of several processes on GPUs; on a CPU it is gloo
+    # Weights & Biases; metrics.jsonl is written all the same
+    wandb_log: bool = False  # log there too
+    wandb_project: str = "gpt2"
+    wandb_entity: str = ""  # the team or user; '' is your default one
+    wandb_run_name: str = ""  # '' lets W&B make one up
+    wandb_tags: tuple[str, ...] = ()
+    wandb_log_checkpoints: bool = False  # each ckpt.pt and best.pt as an artifact
 
 
 # Whatever else differs at a resume is printed and takes effect.
@@ -108,8 +115,8 @@ def learning_rate_at(step, s, max_iters):
     return s.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (s.learning_rate - s.min_lr)
 
 
-def micro_batches(tokens, s, rt, step, first_sequence):
-    """The micro-batches of this process from `step` on, each (its index in the step, inputs, targets) on the device."""
+def micro_batches(tokens, s, rt, first_sequence):
+    """The micro-batches of this process from a sequence on: (index in the step, inputs, targets), on the device."""
     for at in itertools.count():
         for micro in range(rt.rank, s.gradient_accumulation_steps, rt.world_size):
             sequence = first_sequence + (at * s.gradient_accumulation_steps + micro) * s.batch_size
@@ -182,14 +189,14 @@ def check_agreement(ckpt, path, s, data_sha256):
     return [f"{k} {then[k]} -> {v}" for k, v in now.items() if k not in MAY_DIFFER_UNSAID and then.get(k, v) != v]
 
 
-def keep_rows_until(path, step):
-    """Drop the rows of metrics.jsonl past a step, and a last one cut short; whole rows only, none twice."""
+def keep_rows_before(path, step):
+    """Drop the rows of metrics.jsonl from a step on, and a last one cut short."""
     if not path.exists():
         return
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            rows += [line] if json.loads(line)["step"] <= step else []
+            rows += [line] if json.loads(line)["step"] < step else []
         except (ValueError, KeyError, TypeError):
             continue
     partial = path.with_name(path.name + ".partial")
@@ -197,10 +204,71 @@ def keep_rows_until(path, step):
     os.replace(partial, path)
 
 
+class WandB:
+    """A W&B run that can fail without ending the training: it says so once and logs no more. .id is '' without one."""
+
+    def __init__(self, s, run_id):
+        self.run, self.id = None, run_id
+        if s.wandb_log:
+            self.attempt(self.start, s)
+
+    def start(self, s):
+        import wandb
+
+        self.run = wandb.init(
+            project=s.wandb_project,
+            entity=s.wandb_entity or None,
+            name=s.wandb_run_name or None,
+            tags=s.wandb_tags or None,
+            id=self.id or None,
+            resume="allow",
+            config=asdict(s),
+        )
+        self.id = self.run.id
+        self.run.define_metric("step")
+        self.run.define_metric("*", step_metric="step")  # against our own step, which a resume may set back
+
+    def attempt(self, action, *args, **kwargs):
+        try:
+            action(*args, **kwargs)
+        except Exception as error:  # whatever a service may raise
+            print(f"W&B failed ({' '.join(str(error).split())[:200]}); training goes on without it", flush=True)
+            self.run = None
+
+    def log(self, row):
+        if self.run:
+            self.attempt(self.run.log, row)
+
+    def log_file(self, path):
+        if self.run:
+            self.attempt(self.run.log_artifact, str(path), name=f"{self.id}-{path.stem}", type="model")
+
+    def finish(self):
+        if self.run:
+            self.attempt(self.run.finish)
+
+
 def main():
     s = config.load(Settings)
     check(s)
+    try:
+        train(s)
+    except Exception as error:
+        if not runtime.is_out_of_memory(error):
+            raise
+        less = next((b for b in range(s.batch_size // 2, 0, -1) if s.batch_size % b == 0), None)
+        raise config.UserError(
+            f"out of memory with batch_size={s.batch_size}; "
+            + (
+                f"--batch_size={less} --gradient_accumulation_steps={s.gradient_accumulation_steps * s.batch_size // less}"
+                " takes less and trains the same"
+                if less
+                else "it can't be smaller, so take a smaller block_size or model"
+            )
+        ) from None
 
+
+def train(s):
     # ---- data, before the processes form a group: the first of a machine may prepare for an hour ----
     data.ensure(s.dataset)
     dataset = data.Dataset(s.dataset)
@@ -212,8 +280,8 @@ def main():
     val_ids = dataset.text_ids("val") if "val" in dataset.paths else None
     if val_ids is not None and len(val_ids) < 2:
         raise config.UserError(f"{dataset.folder} has a val split of {len(val_ids)} tokens; prepare it with more text")
-    if s.eval_only and val_ids is None:
-        raise config.UserError(f"eval_only: {dataset.folder} has no val split")
+    if val_ids is None and (s.eval_only or s.eval_interval):
+        raise config.UserError(f"{dataset.folder} has no val split; prepare one, or train by --eval_interval=0 without")
 
     # ---- machine ----
     rt = runtime.choose(s.device, s.dtype, s.compile, training=True)
@@ -235,12 +303,13 @@ def main():
 
     # ---- model: a run to go on with, or one to start ----
     torch.manual_seed(s.seed)
-    ckpt, step, first_sequence, best_val_loss = None, 0, 0, math.inf
+    ckpt, step, first_sequence, best_val_loss, row, skipped = {}, 0, 0, math.inf, {}, 0
     if resume_path := run_to_resume(s):
         ckpt = checkpoint.load(resume_path)
         changes = check_agreement(ckpt, resume_path, s, data_sha256)
         model = checkpoint.build(ckpt, resume_path)
         step, first_sequence, best_val_loss = ckpt["iter_num"], ckpt["sequence_index"], ckpt["best_val_loss"]
+        row, skipped = ckpt["row"], ckpt["skipped_steps"]
         say(f"resuming {resume_path} at step {step:,}" + "".join(f"; {change}" for change in changes))
         if step >= max_iters and not s.eval_only:
             say(f"{s.out_dir} has finished its {max_iters:,} steps; raise max_iters, or start anew by --overwrite=True")
@@ -266,23 +335,26 @@ def main():
     model.to(rt.device).train()
     size, flops = model.num_params(), model.flops_per_token()
     say(f"{size / 1e6:.2f} M parameters without positions, {flops / 1e9:.3f} GFLOP a token")
-    optimizer = torch.optim.AdamW(
-        model.optim_groups(s.weight_decay), lr=s.learning_rate, betas=(s.beta1, s.beta2), fused=rt.device.type != "mps"
-    )
+    groups, betas = model.optim_groups(s.weight_decay), (s.beta1, s.beta2)
+    optimizer = torch.optim.AdamW(groups, lr=s.learning_rate, betas=betas, fused=rt.device.type != "mps")
+    scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == torch.float16)
     if ckpt:
         optimizer.load_state_dict(ckpt["optimizer"])
-        for group, fresh in zip(optimizer.param_groups, model.optim_groups(s.weight_decay), strict=True):
-            group["weight_decay"], group["betas"] = fresh["weight_decay"], (s.beta1, s.beta2)
-        del ckpt
+        for group, decay in zip(optimizer.param_groups, (s.weight_decay, 0.0), strict=True):
+            group["weight_decay"], group["betas"] = decay, betas
+        if scaler.is_enabled() and ckpt["scaler"]:
+            scaler.load_state_dict(ckpt["scaler"])
     if rt.compile:
         runtime.compile_blocks(model, rt, s.batch_size)
+    # The model is what is evaluated and saved; `trained` is the same, wrapped where gradients are averaged.
+    trained = runtime.wrap(model, rt)
 
     if s.eval_only:
         say(f"step {step:,} | val loss {evaluate(model, val_ids, s, rt):.4f}")
         return
 
     # ---- the folder of the run ----
-    out, metrics = Path(s.out_dir), None
+    out, metrics, wandb = Path(s.out_dir), None, None
     if master:
         out.mkdir(parents=True, exist_ok=True)
         if not resume_path:
@@ -290,18 +362,19 @@ def main():
                 old.unlink(missing_ok=True)
         for stray in out.glob("*.partial"):  # of a write that was killed
             stray.unlink()
-        keep_rows_until(out / "metrics.jsonl", step)
+        keep_rows_before(out / "metrics.jsonl", step)
         metrics = open(out / "metrics.jsonl", "a", encoding="utf-8")
+        wandb = WandB(s, ckpt.get("wandb_run_id", ""))
+    just_resumed, saved_at = bool(ckpt), step if ckpt else -1
+    del ckpt
 
-    def record(row):
-        if master:
-            metrics.write(json.dumps(row) + "\n")
-            metrics.flush()
-
-    def save(*file_names):
-        """Write the state after `step` steps under the first name, and link it under the others."""
-        if not master or not all(p.isfinite().all() for p in model.parameters()):
-            return
+    def save(name, *links):
+        """Write the run, or the weights alone for best.pt and final.pt. A failure is said, and False; it is no end."""
+        if not master:
+            return True
+        if not all(p.isfinite().all() for p in model.parameters()):
+            say(f"the weights are not finite: {out / name} stays as it was")
+            return False
         state = checkpoint.weights(model) | {
             "format": checkpoint.FORMAT,
             "iter_num": step,
@@ -309,67 +382,89 @@ def main():
             "config": asdict(s),
             "tokenizer": dataset.tokenizer_spec,
         }
-        whole = {"optimizer": optimizer.state_dict(), "sequence_index": first_sequence, "data_sha256": data_sha256}
-        weights_only = file_names[0] in ("best.pt", "final.pt")
-        checkpoint.save(out / file_names[0], state if weights_only else state | whole)
-        for other in file_names[1:]:
-            shutil.copyfile(out / file_names[0], out / f"{other}.partial")
-            os.replace(out / f"{other}.partial", out / other)
+        if name == "ckpt.pt":
+            state |= {
+                "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(),
+                "sequence_index": first_sequence,
+                "skipped_steps": skipped,
+                "row": row,  # of this step, as far as it has come
+                "data_sha256": data_sha256,
+                "wandb_run_id": wandb.id,
+            }
+        try:
+            checkpoint.save(out / name, state, links=[out / link for link in links])
+        except OSError as error:
+            say(f"{out / name} could not be written ({error.strerror or error}); the older one stands")
+            return False
+        if s.wandb_log_checkpoints and name != "final.pt":
+            wandb.log_file(out / name)
+        return True
 
     # ---- the loop ----
-    stop = runtime.StopSignal()
-    batches = one_ahead(micro_batches(tokens, s, rt, step, first_sequence))
-    skipped_in_a_row, speeds, row = 0, deque(maxlen=20), {}
-    since, steps_since = time.perf_counter(), 0
+    stop, stopping = runtime.StopSignal(), False
+    batches = one_ahead(micro_batches(tokens, s, rt, first_sequence))
+    skipped_in_a_row, speeds, since, steps_since = 0, deque(maxlen=20), time.perf_counter(), 0
     peak = rt.peak_flops() * rt.world_size
-    evaluated = step if resume_path else -1
     while True:
-        # -- evaluate, save: the state here is the one after `step` steps
-        due = step == max_iters or (s.eval_interval and step % s.eval_interval == 0)
-        if due and val_ids is not None and s.eval_interval and evaluated != step:
-            began = time.perf_counter()
-            val_loss, evaluated = evaluate(model, val_ids, s, rt), step
-            better = val_loss < best_val_loss
+        # -- the state is the one after `step` steps: evaluate it, save it, write its row
+        began, links, better = time.perf_counter(), [], False
+        evaluates = s.eval_interval and (step % s.eval_interval == 0 or step == max_iters)
+        evaluates = evaluates and "val_loss" not in row and not stopping
+        if evaluates:
+            val_loss = evaluate(model, val_ids, s, rt)
             row |= {"step": step, "tokens": step * sequences * s.block_size, "val_loss": val_loss}
             say(f"step {step:,} | val loss {val_loss:.4f}, perplexity {math.exp(min(val_loss, 99)):.2f}")
-            if better:
+            if better := val_loss < best_val_loss:
                 best_val_loss = val_loss
-                if step > 0:
-                    save("best.pt")
-            if 0 < step < max_iters and (better or s.always_save_checkpoint):
-                save("ckpt.pt")
-            since += time.perf_counter() - began  # neither counts as training time
-        if row:
-            record(row)
-            row = {}
-        if step == max_iters or stop.number:
+                save("best.pt")
+        if s.save_interval and step % s.save_interval == 0 and step:
+            links.append(f"ckpt_iter_{step}.pt")
+        epoch, before = first_sequence // blocks, max(0, first_sequence - sequences) // blocks
+        if s.save_epochs and epoch // s.save_epochs > before // s.save_epochs:
+            links.append(f"ckpt_epoch_{epoch}.pt")
+        if step and not just_resumed and (links or evaluates and (better or s.always_save_checkpoint)):
+            saved_at = step if save("ckpt.pt", *links) else saved_at
+        if master and row and not (stopping and saved_at != step):
+            metrics.write(json.dumps(row) + "\n")
+            metrics.flush()
+            wandb.log(row)
+        if step == max_iters or stopping:
             break
+        just_resumed, row = False, {}
+        since += time.perf_counter() - began  # none of this is training time
 
         # -- one step
         rate = learning_rate_at(step, s, max_iters)
         for group in optimizer.param_groups:
             group["lr"] = rate
         loss_sum = torch.zeros((), device=rt.device)
-        for _ in range(mine):
+        for i in range(mine):
             micro, x, y = next(batches)
             torch.manual_seed(data.seed_of(s.seed, step, micro))
-            with rt.autocast():
-                _, loss = model(x, y)
-            (loss / mine).backward()
-            loss_sum += loss.detach() / mine
+            with trained.no_sync() if i < mine - 1 and rt.world_size > 1 else nullcontext():
+                with rt.autocast():
+                    _, loss = trained(x, y)
+                scaler.scale(loss / mine).backward()
+            loss_sum += loss.detach() / s.gradient_accumulation_steps
+        scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
-        loss, norm = torch.stack([loss_sum, norm]).tolist()  # the one time a step that we wait for the device
+        sums = rt.sum(torch.stack([loss_sum, loss_sum.new_full((), stop.number)]))
+        loss, stopping, norm = torch.cat([sums, norm[None]]).tolist()  # the one wait for the device in a step
         if math.isfinite(loss) and math.isfinite(norm):
-            optimizer.step()
+            scaler.step(optimizer)
             skipped_in_a_row = 0
         else:
-            skipped_in_a_row += 1
-            say(f"step {step + 1:,} skipped: loss {loss}, gradient norm {norm}")
+            skipped += 1
+            # A loss scale that is too high is found out this way, and lowered; without one it is the run that is ill.
+            skipped_in_a_row += not scaler.is_enabled() or scaler.get_scale() <= 1
+            say(f"step {step + 1:,} skipped, the {skipped:,}. of the run: loss {loss}, gradient norm {norm}")
             if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
                 raise config.UserError(
                     f"{MAX_SKIPPED_IN_A_ROW} steps in a row were not finite; the last good checkpoint stands in {out}: "
                     "go on from it with a lower --learning_rate"
                 )
+        scaler.update()
         optimizer.zero_grad(set_to_none=True)
         step, first_sequence, steps_since = step + 1, first_sequence + sequences, steps_since + 1
 
@@ -380,25 +475,27 @@ def main():
             speeds.append(seconds)
             speed = sequences * s.block_size / seconds
             mfu = speed * flops / peak if peak else None
-            left = time.strftime("%H:%M:%S", time.gmtime((max_iters - step) * sorted(speeds)[len(speeds) // 2]))
+            left = int((max_iters - step) * sorted(speeds)[len(speeds) // 2])  # seconds
             row = {"step": step, "tokens": step * sequences * s.block_size, "epoch": first_sequence / blocks}
             row |= {"loss": loss, "lr": rate, "grad_norm": norm, "tokens_per_sec": speed, "mfu": mfu}
-            say(
-                f"step {step:,}/{max_iters:,} | epoch {row['epoch']:.2f} | loss {loss:.4f} | lr {rate:.2e} | "
-                f"norm {norm:.2f} | {speed:,.0f} tokens/s | " + (f"MFU {mfu:.1%} | " if peak else "") + f"{left} left"
-            )
-        if s.save_interval and step % s.save_interval == 0:
-            save("ckpt.pt", f"ckpt_iter_{step}.pt")
-        epoch, before = first_sequence // blocks, (first_sequence - sequences) // blocks
-        if s.save_epochs and epoch // s.save_epochs > before // s.save_epochs:
-            save("ckpt.pt", f"ckpt_epoch_{epoch}.pt")
+            line = f"step {step:,}/{max_iters:,} | epoch {row['epoch']:.2f} | loss {loss:.4f} | lr {rate:.2e} | "
+            line += f"norm {norm:.2f} | {speed:,.0f} tokens/s | " + (f"MFU {mfu:.1%} | " if peak else "")
+            if scaler.is_enabled():
+                row |= {"loss_scale": scaler.get_scale(), "skipped_steps": skipped}
+                line += f"scale {row['loss_scale']:.0f}, {skipped:,} skipped | "
+            say(f"{line}{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left")
 
-    save("ckpt.pt")
-    if stop.number and step < max_iters:
-        say(f"stopped by signal {stop.number} after step {step:,}; the same command goes on from {out / 'ckpt.pt'}")
-        sys.exit(128 + stop.number)
-    save("final.pt")
-    say(f"finished {max_iters:,} steps; python sample.py --out_dir={s.out_dir}")
+    if saved_at != step and not save("ckpt.pt"):
+        raise config.UserError(f"the last steps are not saved: make room in {out}, and the same command goes on")
+    if stopping and step < max_iters:
+        say(f"stopped by a signal after step {step:,}; the same command goes on from {out / 'ckpt.pt'}")
+    elif save("final.pt"):
+        say(f"finished {max_iters:,} steps; python sample.py --out_dir={s.out_dir}")
+    if master:
+        wandb.finish()
+    runtime.leave_processes(rt)
+    if stopping and step < max_iters:
+        sys.exit(128 + (stop.number or 15))
 
 
 if __name__ == "__main__":

@@ -52,15 +52,23 @@ def write(tmp_path):
 
 
 def outcome(argv, cls=Example, **kwargs):
-    """What run() makes of the arguments: (settings, "") or (None, what it wrote to stderr), status 2."""
-    out, err = [], io.StringIO()
+    """What run() makes of the arguments: (settings, "") or (None, what it wrote to stderr)."""
+    out, err, status = [], io.StringIO(), 0
     with contextlib.redirect_stderr(err):
         try:
             config.run(lambda: out.append(config.load(cls, argv, **kwargs)))
         except SystemExit as end:
-            assert end.code == 2
-            return None, err.getvalue()
-    return out[0], err.getvalue()
+            status = end.code
+    assert status == (0 if out else 2)
+    return (out[0] if out else None), err.getvalue()
+
+
+def mistake(argv, **kwargs):
+    """The one line with which run() ends for these arguments."""
+    s, err = outcome(argv, **kwargs)
+    assert s is None
+    assert len(err.splitlines()) == 1
+    return err.partition(": ")[2].rstrip("\n")
 
 
 def fits(value, key):
@@ -101,7 +109,7 @@ def test_arguments_default_to_those_of_the_process(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "arg, value",
+    ("arg", "value"),
     [
         ("--batch_size=32", 32),
         ("--batch-size=32", 32),
@@ -137,11 +145,12 @@ def test_arguments_default_to_those_of_the_process(monkeypatch):
 def test_text_is_read_as_the_type_of_the_default(arg, value):
     key = arg[2:].partition("=")[0].replace("-", "_")
     read = getattr(config.load(Example, [arg]), key)
-    assert read == value and type(read) is type(value)
+    assert read == value
+    assert type(read) is type(value)
 
 
 @pytest.mark.parametrize(
-    "arg, wanted",
+    ("arg", "wanted"),
     [
         ("--batch_size=0.5", "a whole number"),
         ("--batch_size=1e-3", "a whole number"),
@@ -168,13 +177,11 @@ def test_text_is_read_as_the_type_of_the_default(arg, value):
     ],
 )
 def test_text_of_another_type_is_refused_and_the_argument_named(arg, wanted):
-    with pytest.raises(config.UserError) as error:
-        config.load(Example, [arg])
-    assert str(error.value).startswith(arg) and str(error.value).endswith(f"takes {wanted}")
+    assert mistake([arg]) == f"{arg}: {arg[2:].partition('=')[0]} takes {wanted}"
 
 
 @pytest.mark.parametrize(
-    "line, value",
+    ("line", "value"),
     [
         ("learning_rate = 1", 1.0),  # an int serves a float
         ("batch_size = 1e3", 1000),
@@ -191,11 +198,12 @@ def test_text_of_another_type_is_refused_and_the_argument_named(arg, wanted):
 def test_values_in_a_file_serve_their_type(write, line, value):
     key = line.split()[0]
     read = getattr(config.load(Example, [write(line)]), key)
-    assert read == value and type(read) is type(value)
+    assert read == value
+    assert type(read) is type(value)
 
 
 @pytest.mark.parametrize(
-    "line, wanted",
+    ("line", "wanted"),
     [
         ("batch_size = 0.5", "a whole number"),
         ("batch_size = '32'", "a whole number"),
@@ -221,39 +229,56 @@ def test_values_in_a_file_serve_their_type(write, line, value):
 )
 def test_a_value_of_another_type_in_a_file_is_refused_and_its_line_named(write, line, wanted):
     path = write(f"# why\n\n{line}\n")
-    with pytest.raises(config.UserError) as error:
-        config.load(Example, [path])
-    assert str(error.value).startswith(f"{path}:3: {line.split()[0]} = ")
-    assert str(error.value).endswith(f"takes {wanted}")
+    key, said = line.split()[0], mistake([path])
+    assert said.startswith(f"{path}:3: {key} = ")
+    assert said.endswith(f": {key} takes {wanted}")
 
 
+KEYS = st.sampled_from([f.name for f in fields(Example)])
 NUMBERS = st.one_of(st.integers(), st.floats()).map(str) | st.from_regex(r"-?[0-9_.]{1,4}(e[+-]?[0-9]{1,3})?")
 WORDS = st.sampled_from(["True", "false", "auto", "nan", "-inf", "1e3", "1_000", "0.5", "None", "a,b", "1,2", " ", "="])
+TEXTS = st.text() | NUMBERS | WORDS | st.lists(NUMBERS, max_size=3).map(",".join)
 
 
-@settings(max_examples=300, deadline=None, database=None)
-@given(st.sampled_from([f.name for f in fields(Example)]), st.text() | NUMBERS | WORDS | st.lists(NUMBERS).map(",".join))
+@settings(max_examples=150, deadline=None, database=None)
+@given(KEYS, TEXTS)
 def test_any_text_gives_a_value_of_the_right_type_or_one_line(key, text):
     s, err = outcome([f"--{key}={text}"])
     if s is None:
-        assert err.endswith(f"{key} takes {err.rpartition(f'{key} takes ')[2]}") and len(err.splitlines()) == 1
+        assert len(err.splitlines()) == 1
+        assert f": {key} takes " in err
     else:
-        assert err == "" and fits(getattr(s, key), key)
+        assert err == ""
+        assert fits(getattr(s, key), key)
         assert asdict(s) == asdict(Example()) | {key: getattr(s, key)}  # and nothing else has changed
 
 
-LITERALS = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary()
-VALUES = LITERALS | st.lists(LITERALS | st.lists(LITERALS)) | st.dictionaries(st.text(), LITERALS)
+PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary()
+VALUES = PLAIN | st.lists(PLAIN, max_size=3) | st.dictionaries(st.text(), PLAIN, max_size=2)
 
 
-@settings(max_examples=100, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.sampled_from(["batch_size", "learning_rate", "decay_lr", "out_dir", "compile"]), VALUES)
+@settings(max_examples=80, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(KEYS, VALUES)
 def test_any_value_in_a_file_gives_one_of_the_right_type_or_one_line(write, key, value):
-    s, err = outcome([write(f"inf = nan = float('inf')\ndel inf, nan\n{key} = {value!r}\n")])
+    s, err = outcome([write(f"from math import inf as _inf, nan as _nan\n{key} = {repr_in_a_file(value)}\n")])
     if s is None:
-        assert "run.py:3: " in err and len(err.splitlines()) == 1
+        assert len(err.splitlines()) == 1
+        assert "run.py:2: " in err
     else:
-        assert err == "" and fits(getattr(s, key), key) and getattr(s, key) == value
+        assert err == ""
+        assert fits(getattr(s, key), key)
+        assert type(getattr(s, key)) is tuple or getattr(s, key) == value
+
+
+def repr_in_a_file(value):
+    """repr(), with floats that have no literal by the names that the file gives them."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(repr_in_a_file, value))}]"
+    return (
+        repr(value)
+        if value in (None, True, False) or not isinstance(value, float) or math.isfinite(value)
+        else f"_{value}".replace("_-", "-_")
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -272,43 +297,42 @@ def test_what_is_no_plain_value_in_a_file_is_no_setting(write):
     assert config.load(Example, [path]) == Example(batch_size=32)
 
 
-def test_a_file_may_import_its_neighbours_by_their_path(write):
-    write("value = 7\n", "neighbour.txt")
-    path = write("from pathlib import Path\nbatch_size = int(Path(__file__).with_name('neighbour.txt').read_text()[8:])\n")
+def test_a_file_knows_where_it_lies(write):
+    write("7\n", "seven.txt")
+    path = write("from pathlib import Path\nbatch_size = int(Path(__file__).with_name('seven.txt').read_text())\n")
     assert config.load(Example, [path]).batch_size == 7
 
 
 def test_an_unknown_key_in_a_file_names_the_line_and_the_nearest_key(write):
     path = write("out_dir = 'x'\n\nlearning_rte = 1e-3\n")
-    with pytest.raises(config.UserError) as error:
-        config.load(Example, [path])
-    assert str(error.value).startswith(f"{path}:3: ") and "'learning_rate'" in str(error.value)
+    said = mistake([path])
+    assert said.startswith(f"{path}:3: ")
+    assert "'learning_rte', the nearest is 'learning_rate'" in said
 
 
-@pytest.mark.parametrize("arg, near", [("--batchsize=3", "'batch_size'"), ("--learning-rat=3", "'learning_rate'")])
+@pytest.mark.parametrize(("arg", "near"), [("--batchsize=3", "'batch_size'"), ("--learning-rat=3", "'learning_rate'")])
 def test_an_unknown_key_on_the_command_line_names_the_argument_and_the_nearest_key(arg, near):
-    with pytest.raises(config.UserError) as error:
-        config.load(Example, [arg])
-    assert str(error.value).startswith(arg) and near in str(error.value)
+    said = mistake([arg])
+    assert said.startswith(f"{arg}: ")
+    assert f"the nearest is {near}" in said
 
 
 @pytest.mark.parametrize("arg", ["--", "--=", "--=3", "--qqqqqqqq=1", "--__init__=3", "--qqqqqqqq"])
 def test_a_key_that_is_like_no_other_is_refused_without_a_guess(arg):
-    with pytest.raises(config.UserError, match="unknown setting") as error:
-        config.load(Example, [arg])
-    assert "nearest" not in str(error.value)
+    said = mistake([arg])
+    assert said.startswith(f"{arg}: unknown setting")
+    assert "nearest" not in said
 
 
 def test_a_file_may_hold_any_key_of_train_eval_and_sample_and_the_command_line_only_its_own(write):
     path = write("".join(f"{f.name} = {f.default!r}\n" for f in fields(train.Settings)) + "batch_size = 3\n")
     assert config.load(Example, [path]).batch_size == 3
-    with pytest.raises(config.UserError, match="unknown setting 'n_layer'"):
-        config.load(Example, ["--n_layer=3"])
+    assert "unknown setting 'n_layer'" in mistake(["--n_layer=3"])
 
 
 @pytest.mark.parametrize("script", config.SHARED_BY)
 def test_the_shared_keys_are_those_that_the_scripts_declare(script):
-    declared = getattr(__import__(script.removesuffix(".py")), "Settings")
+    declared = __import__(script.removesuffix(".py")).Settings
     assert {f.name for f in fields(declared)} <= config.shared_keys()
 
 
@@ -341,37 +365,29 @@ def test_a_positional_setting_by_its_name_is_a_value_or_a_mistake_and_no_traceba
 # Mistakes with files
 
 
-def test_a_missing_file_is_answered_with_the_nearest_one(tmp_path, monkeypatch):
+@pytest.mark.parametrize("wrong", ["config/wikitext.py", "wikitext103", "wikitext103.py"])
+def test_a_missing_file_is_answered_with_the_nearest_one(wrong, tmp_path, monkeypatch):
     (tmp_path / "config").mkdir()
     for name in ("__init__.py", "wikitext103.py", "demo.py"):
         (tmp_path / "config" / name).touch()
     monkeypatch.chdir(tmp_path)
-    for wrong in ("config/wikitext.py", "wikitext103", "wikitext103.py"):
-        with pytest.raises(config.UserError, match=r"no such config file; did you mean config/wikitext103\.py\?"):
-            config.load(Example, [wrong])
-    with pytest.raises(config.UserError, match="^config: no such config file"):  # a folder is no file
-        config.load(Example, ["config"])
-    with pytest.raises(config.UserError, match="^qqqq: no such config file$"):
-        config.load(Example, ["qqqq"])
+    assert mistake([wrong]) == f"{wrong}: no such config file; did you mean config/wikitext103.py?"
+    assert mistake(["qqqq"]) == "qqqq: no such config file"  # nothing is near
+    assert mistake(["config"]).startswith("config: no such config file")  # a folder is not a file
 
 
 @pytest.mark.parametrize("arg", ["batch_size=32", "-batch_size=32"])
 def test_a_setting_without_its_dashes_is_told_apart_from_a_missing_file(arg):
-    with pytest.raises(config.UserError, match=f"^{arg}: .* write --batch_size=32$"):
-        config.load(Example, [arg])
+    assert mistake([arg]).endswith("write --batch_size=32")
 
 
-@pytest.mark.parametrize("args", [["--batch_size"], ["--batch-size"], ["--batch_size", "32"], ["--decay_lr"]])
-def test_a_key_without_a_value_is_told_how_to_write_it(args, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    s, err = outcome(args)
-    assert s is None and len(err.splitlines()) == 1
-    if len(args) == 1:
-        assert err.endswith(f"{args[0]}: a value is missing, write --{args[0][2:].replace('-', '_')}=VALUE\n")
+@pytest.mark.parametrize("key", ["batch_size", "batch-size", "decay_lr"])
+def test_a_key_without_a_value_is_told_how_to_write_it(key):
+    assert mistake([f"--{key}"]) == f"--{key}: a value is missing, write --{key.replace('-', '_')}=VALUE"
 
 
 @pytest.mark.parametrize(
-    "text, line, what",
+    ("text", "line", "what"),
     [
         ("batch_size = 3\n\nlearning_rate = = 1\n", 3, "SyntaxError"),
         ("batch_size = (3\n", 1, "SyntaxError"),
@@ -389,15 +405,14 @@ def test_a_key_without_a_value_is_told_how_to_write_it(args, tmp_path, monkeypat
 )
 def test_a_file_that_does_not_run_ends_in_one_line_that_names_its_line(write, text, line, what):
     path = write(text)
-    s, err = outcome([path])
-    assert s is None and len(err.splitlines()) == 1
-    assert f"{path}:{line}: " in err and what in err
+    said = mistake([path])
+    assert said.startswith(f"{path}:{line}: ")
+    assert what in said
 
 
 def test_a_file_that_is_not_utf8_ends_in_one_line(tmp_path):
     (tmp_path / "run.py").write_bytes(b"out_dir = 'caf\xe9'\n")
-    s, err = outcome([str(tmp_path / "run.py")])
-    assert s is None and "run.py:1: " in err and len(err.splitlines()) == 1
+    assert "run.py:1: UnicodeDecodeError" in mistake([str(tmp_path / "run.py")])
 
 
 def test_a_byte_order_mark_is_no_mistake(tmp_path):
@@ -440,14 +455,18 @@ def test_help_shows_each_key_with_its_default_and_comment(cls):
 
 def test_help_has_the_docstring_the_groups_and_whole_comments():
     text = config.help_text(Example)
-    assert text.startswith(__doc__) and "[CONFIG_FILE...]" in text
+    assert text.startswith(__doc__)
+    assert "[CONFIG_FILE...]" in text
     assert text.index("the first group") < text.index("--out_dir") < text.index("the second group")
-    assert "one of several: # and all" in text and "here is no comment" not in text
+    assert "one of several: # and all" in text
+    assert "here is no comment" not in text
 
 
 def test_help_of_a_positional_setting_shows_it_in_the_usage_alone():
     text = config.help_text(Example, positional="wandb_tags")
-    assert "WANDB_TAGS..." in text and "--wandb_tags" not in text and "CONFIG_FILE" not in text
+    assert "WANDB_TAGS..." in text
+    assert "--wandb_tags" not in text
+    assert "CONFIG_FILE" not in text
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h"])
@@ -469,11 +488,13 @@ class Settings:
     lines: int = 1  # lines to write
     fail: str = ""  # how to end
 
+ENDS = {"user": config.UserError, "os": OSError, "key": KeyboardInterrupt, "bug": IndexError}
+
 def main():
     s = config.load(Settings)
     print("a line of output\\n" * s.lines)
     if s.fail:
-        raise {"user": config.UserError, "os": OSError, "key": KeyboardInterrupt, "bug": IndexError}[s.fail]("two\\nlines")
+        raise ENDS[s.fail]("two\\nlines")
 
 config.run(main, OSError)
 """
@@ -490,7 +511,7 @@ def script(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "args, status, line",
+    ("args", "status", "line"),
     [
         (["--lines=2"], 0, None),
         (["--help"], 0, None),
@@ -512,7 +533,9 @@ def test_a_mistake_ends_in_one_line_and_its_status(script, args, status, line):
 def test_a_bug_keeps_its_traceback(script):
     with script("--fail=bug") as process:
         _, err = process.communicate(timeout=60)
-    assert process.returncode == 1 and err.startswith("Traceback") and "IndexError" in err
+    assert process.returncode == 1
+    assert err.startswith("Traceback")
+    assert "IndexError" in err
 
 
 def test_a_reader_that_leaves_is_no_mistake(script):
