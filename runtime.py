@@ -148,7 +148,7 @@ def compile_blocks(model, rt, batch_size):
         with rt.autocast():
             block.train()(h).sum().backward()
             with torch.no_grad():
-                block.eval()(h)
+                block.eval()(h.detach())
     except Exception as error:
         if is_out_of_memory(error):
             raise

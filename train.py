@@ -256,16 +256,11 @@ def main():
     except Exception as error:
         if not runtime.is_out_of_memory(error):
             raise
-        less = next((b for b in range(s.batch_size // 2, 0, -1) if s.batch_size % b == 0), None)
-        raise config.UserError(
-            f"out of memory with batch_size={s.batch_size}; "
-            + (
-                f"--batch_size={less} --gradient_accumulation_steps={s.gradient_accumulation_steps * s.batch_size // less}"
-                " takes less and trains the same"
-                if less
-                else "it can't be smaller, so take a smaller block_size or model"
-            )
-        ) from None
+        b, steps = s.batch_size, s.gradient_accumulation_steps
+        less = next((d for d in range(b // 2, 0, -1) if b % d == 0), 0)
+        advice = f"--batch_size={less} --gradient_accumulation_steps={steps * b // max(less, 1)} trains the same in less"
+        advice = advice if less else "no batch is smaller, so take a smaller block_size or model"
+        raise config.UserError(f"out of memory with batch_size={b}; {advice}") from None
 
 
 def train(s):

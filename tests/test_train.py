@@ -1,0 +1,367 @@
+"""train.py: the loop against slow exact versions of itself, resumes to the bit, and what it refuses."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY
+
+import checkpoint
+import data
+import train as train_py
+from model import GPT, GPTConfig
+
+ROOT = Path(train_py.__file__).parent
+
+
+def weights(path):
+    return checkpoint.load(path)["model"]
+
+
+def same_bits(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def rows(out):
+    return [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
+
+
+def without_speed(found):
+    return [{k: v for k, v in row.items() if k != "tokens_per_sec"} for row in found]
+
+
+def test_a_step_is_adamw_on_the_mean_gradient_of_the_global_batch(train):
+    """One process of the loop against the same steps done at once: plain cross-entropy, AdamW written out by hand."""
+    assert train("--out_dir=out/a", "--dropout=0", "--max_iters=3", "--eval_interval=0")[0] == 0
+    s = train_py.Settings(learning_rate=1e-2, min_lr=1e-3, warmup_iters=2, beta2=0.95)
+    torch.manual_seed(1337)
+    model = GPT(GPTConfig(block_size=16, vocab_size=257, n_layer=2, n_head=2, n_embd=16))
+    tokens = data.Dataset("tiny").tokens("train")
+    moments = {n: (torch.zeros_like(p), torch.zeros_like(p)) for n, p in model.named_parameters()}
+    logged = []
+    for step in range(3):
+        x, y = map(torch.from_numpy, data.batch(tokens, 16, 1337, step * 8, 8))
+        loss = torch.nn.functional.cross_entropy(model(x)[0].flatten(0, 1), y.flatten())
+        model.zero_grad()
+        loss.backward()
+        norm = math.sqrt(sum(p.grad.square().sum().item() for p in model.parameters()))
+        lr = train_py.learning_rate_at(step, s, max_iters=3)
+        logged.append((loss.item(), norm, lr))
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                m, v = moments[name]
+                grad = p.grad * min(1.0, 1.0 / norm)
+                m.mul_(0.9).add_(0.1 * grad)
+                v.mul_(0.95).add_(0.05 * grad**2)
+                p.mul_(1 - lr * (0.1 if p.dim() == 2 else 0))
+                p -= lr * (m / (1 - 0.9 ** (step + 1))) / ((v / (1 - 0.95 ** (step + 1))).sqrt() + 1e-8)
+    for (loss, norm, lr), row in zip(logged, rows("out/a"), strict=True):
+        assert row["loss"] == pytest.approx(loss, abs=1e-5)
+        assert row["grad_norm"] == pytest.approx(norm, rel=1e-4)
+        assert row["lr"] == pytest.approx(lr)
+    trained = weights("out/a/final.pt")
+    for name, p in model.named_parameters():
+        # Adam's first steps have about the size of the rate wherever a gradient is near zero, whatever its sign.
+        assert (trained[name] - p).abs().mean() < 2e-5, name
+
+
+@pytest.mark.parametrize("split", ["1x8", "4x2", "8x1"])
+def test_micro_batches_do_not_change_the_training(train, split):
+    steps, size = split.split("x")
+    train("--out_dir=out/a", "--dropout=0")
+    train("--out_dir=out/b", "--dropout=0", f"--batch_size={size}", f"--gradient_accumulation_steps={steps}")
+    for a, b in zip(rows("out/a"), rows("out/b"), strict=True):
+        assert a.get("loss", 0) == pytest.approx(b.get("loss", 0), abs=1e-4)
+        assert a["epoch"] == b["epoch"] if "epoch" in a else a["step"] == 0
+
+
+def test_the_schedule():
+    s = train_py.Settings(learning_rate=1.0, min_lr=0.1, warmup_iters=10, lr_decay_iters=0)
+    rates = [train_py.learning_rate_at(i, s, max_iters=110) for i in range(130)]
+    assert rates[0] > 0 and rates[:11] == sorted(rates[:11]) and max(rates) == rates[10] == 1.0
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[60] == pytest.approx(0.55)  # half-way down
+    assert rates[110:] == [0.1] * 20
+    s.lr_decay_iters = 60
+    assert train_py.learning_rate_at(60, s, max_iters=110) == 0.1
+    s.decay_lr = False
+    assert {train_py.learning_rate_at(i, s, 110) for i in range(10, 120)} == {1.0}
+
+
+def test_the_loss_falls_and_every_step_is_logged(train):
+    status, out, _ = train("--out_dir=out/a", "--max_iters=40", "--eval_interval=20", "--dropout=0")
+    found = rows("out/a")
+    assert status == 0 and [r["step"] for r in found] == list(range(41))
+    assert [r["step"] for r in found if "val_loss" in r] == [0, 20, 40]
+    assert found[0]["val_loss"] == pytest.approx(math.log(257), abs=0.2)
+    assert found[40]["val_loss"] < found[20]["val_loss"] < found[0]["val_loss"] - 1
+    assert all(r["tokens"] == r["step"] * 4 * 2 * 16 for r in found)
+    assert out.count("tokens/s") == 40
+
+
+def test_the_validation_loss_is_the_stream_protocol_s(train, script):
+    train("--out_dir=out/a")
+    script("eval", "--out_dir=out/a", "--split=val")
+    report = json.loads(Path("out/a/eval_val.json").read_text())
+    best = min(r["val_loss"] for r in rows("out/a") if "val_loss" in r)
+    assert math.log(report["results"][0]["token_ppl"]) == pytest.approx(best, abs=1e-5)
+
+
+def test_eval_iters_scores_so_many_batches_always_the_same(train, monkeypatch):
+    seen = []
+    window_batch = data.window_batch
+    monkeypatch.setattr(data, "window_batch", lambda ids, w, T: seen.append(tuple(w)) or window_batch(ids, w, T))
+    train("--out_dir=out/a", "--eval_iters=3", "--eval_interval=6")
+    assert len(seen) == 9 and seen[:3] == seen[3:6] == seen[6:] and len(set(seen)) == 3
+
+
+@pytest.mark.parametrize("compiled", ["False", "True"])
+def test_resumed_equals_unbroken_to_the_bit(train, compiled):
+    """12 steps, against 5 steps, a stop, and 7 more, with dropout and accumulation."""
+    args = f"--compile={compiled}", "--save_interval=5", "--eval_interval=4"
+    assert train("--out_dir=out/a", *args)[0] == 0
+    status, out, _ = train("--out_dir=out/b", *args, "--resume_from=out/a/ckpt_iter_5.pt")
+    assert status == 0 and "resuming out/a/ckpt_iter_5.pt at step 5" in out and "failed" not in out
+    assert same_bits(weights("out/a/final.pt"), weights("out/b/final.pt"))
+    assert same_bits(weights("out/a/best.pt"), weights("out/b/best.pt"))
+    assert without_speed(rows("out/b")) == without_speed(rows("out/a"))[5:]
+    a, b = (checkpoint.load(f"out/{run}/ckpt.pt") for run in "ab")
+    for old, new in zip(a["optimizer"]["state"].values(), b["optimizer"]["state"].values(), strict=True):
+        assert same_bits(old, new)
+
+
+def test_compiled_blocks_compute_what_eager_ones_do(train):
+    graphs = []
+    for name in ("False", "True"):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        train(f"--out_dir=out/{name}", f"--compile={name}", "--dropout=0")
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        assert not torch._dynamo.utils.counters["graph_break"]
+    assert graphs[0] == 0 and graphs[1] == 2  # one block's, for training and for evaluation, shared by all
+    for a, b in zip(rows("out/False"), rows("out/True"), strict=True):
+        assert a.get("loss", 0) == pytest.approx(b.get("loss", 0), abs=1e-4)
+    assert weights("out/True/final.pt").keys() == weights("out/False/final.pt").keys()
+
+
+@pytest.mark.parametrize("after", [0, 3, 4, 7])
+def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_bits(train, monkeypatch, after):
+    train("--out_dir=out/a")
+    draw = data.batch
+    calls = []
+
+    def interrupted(*args):
+        if len(calls) == 2 * after + 1:  # one batch is drawn ahead
+            os.kill(os.getpid(), signal.SIGTERM)
+        calls.append(args)
+        return draw(*args)
+
+    monkeypatch.setattr(data, "batch", interrupted)
+    status, out, _ = train("--out_dir=out/b")
+    assert status == 128 + signal.SIGTERM and "the same command goes on" in out
+    assert checkpoint.load("out/b/ckpt.pt")["iter_num"] == after + 1
+    monkeypatch.setattr(data, "batch", draw)
+    status, out, _ = train("--out_dir=out/b")
+    assert status == 0 and f"at step {after + 1}" in out
+    assert same_bits(weights("out/a/final.pt"), weights("out/b/final.pt"))
+    assert without_speed(rows("out/a")) == without_speed(rows("out/b"))
+
+
+def test_a_finished_run_says_so_and_a_longer_one_goes_on(train):
+    train("--out_dir=out/a")
+    before = Path("out/a/ckpt.pt").read_bytes()
+    status, out, _ = train("--out_dir=out/a")
+    assert status == 0 and "has finished its 12 steps" in out and Path("out/a/ckpt.pt").read_bytes() == before
+    status, out, _ = train("--out_dir=out/a", "--max_iters=14")
+    assert status == 0 and "max_iters 12 -> 14" in out and [r["step"] for r in rows("out/a")] == list(range(15))
+
+
+def test_what_alters_training_is_printed_and_takes_effect(train):
+    train("--out_dir=out/a", "--max_iters=4")
+    args = "--weight_decay=0.7", "--beta2=0.9", "--learning_rate=0.1", "--warmup_iters=0", "--dropout=0"
+    _, out, _ = train("--out_dir=out/a", "--max_iters=5", "--decay_lr=False", *args)
+    for change in ("weight_decay 0.1 -> 0.7", "beta2 0.95 -> 0.9", "learning_rate 0.01 -> 0.1", "dropout 0.2 -> 0.0"):
+        assert change in out
+    ckpt = checkpoint.load("out/a/ckpt.pt")
+    groups = ckpt["optimizer"]["param_groups"]
+    assert [g["weight_decay"] for g in groups] == [0.7, 0.0] and groups[0]["betas"] == (0.9, 0.9)
+    assert rows("out/a")[-1]["lr"] == 0.1 and ckpt["model_args"]["dropout"] == 0.0
+
+
+@pytest.mark.parametrize(
+    "change", ["--n_layer=1", "--n_embd=32", "--seed=1", "--block_size=8", "--batch_size=2", "--bias=False", "--n_inner=8"]
+)
+def test_what_must_agree_is_refused_and_nothing_is_lost(train, change):
+    train("--out_dir=out/a", "--max_iters=4")
+    before = {p.name: p.read_bytes() for p in Path("out/a").iterdir()}
+    status, _, err = train("--out_dir=out/a", change)
+    assert status == 2 and len(err.splitlines()) == 1 and "can't be resumed" in err and "--overwrite" in err
+    assert (change[2:].split("=")[0] if "batch" not in change else "tokens a step") in err
+    assert before == {p.name: p.read_bytes() for p in Path("out/a").iterdir()}
+
+
+def test_other_tokens_are_refused(train):
+    train("--out_dir=out/a", "--max_iters=4")
+    data.write("tiny", data.BytesTokenizer(), [("train", "other " * 999, True), ("val", "text " * 99, True)], 1)
+    status, _, err = train("--out_dir=out/a")
+    assert status == 2 and "tokens of data/tiny/train.bin are others" in err
+
+
+def test_overwrite_starts_anew_but_not_when_torchrun_restarts(train, monkeypatch):
+    train("--out_dir=out/a", "--max_iters=4", "--save_interval=2")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert "at step 4" in train("--out_dir=out/a", "--overwrite=True", "--max_iters=5")[1]
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
+    status, out, _ = train("--out_dir=out/a", "--overwrite=True", "--max_iters=3", "--n_layer=1")
+    assert status == 0 and "resuming" not in out and [r["step"] for r in rows("out/a")] == [0, 1, 2, 3]
+    assert not Path("out/a/ckpt_iter_2.pt").exists()
+
+
+def test_resume_from_goes_back_once(train):
+    args = "--out_dir=out/a", "--save_interval=4"
+    train(*args)
+    first = without_speed(rows("out/a"))
+    _, out, _ = train(*args, "--resume_from=out/a/ckpt_iter_4.pt", "--max_iters=10")
+    assert "ckpt_iter_4.pt at step 4" in out and [r["step"] for r in rows("out/a")] == list(range(11))
+    assert without_speed(rows("out/a"))[:5] == first[:5]
+    # The same command again, as after a kill, goes on from where that came to and does not go back a second time.
+    _, out, _ = train(*args, "--resume_from=out/a/ckpt_iter_4.pt", "--max_iters=12")
+    assert "ckpt.pt at step 10" in out
+
+
+def test_init_from(train):
+    status, _, err = train("--out_dir=out/a", "--init_from=resume")
+    assert status == 2 and "no out/a/ckpt.pt to resume" in err
+    train("--out_dir=out/a")
+    _, out, _ = train("--out_dir=out/b", "--init_from=out/a/final.pt", "--block_size=8", "--max_iters=1", "--dropout=0")
+    assert "starting from out/a/final.pt" in out and "cropped the model's 16 positions to 8" in out
+    assert rows("out/b")[0]["val_loss"] < rows("out/a")[0]["val_loss"] - 0.5
+    assert "resuming" in train("--out_dir=out/a", "--init_from=scratch", "--max_iters=13")[1]
+    status, _, err = train("--out_dir=out/c", "--init_from=out/a/final.pt", "--block_size=32")
+    assert status == 2 and "--block_size=16" in err
+    status, _, err = train("--out_dir=out/c", "--init_from=nowhere/to/be/found")
+    assert status == 2 and len(err.splitlines()) == 1
+
+
+def test_eval_only_writes_nothing(train):
+    train("--out_dir=out/a", "--max_iters=4")
+    before = {p.name: p.read_bytes() for p in Path("out/a").iterdir()}
+    last = rows("out/a")[-1]["val_loss"]
+    _, out, _ = train("--out_dir=out/a", "--eval_only=True", "--init_from=resume")
+    assert f"val loss {last:.4f}" in out
+    _, out, _ = train("--out_dir=out/a", "--eval_only=True")  # a fresh model: out_dir is not looked at
+    assert f"val loss {rows('out/a')[0]['val_loss']:.4f}" in out
+    assert before == {p.name: p.read_bytes() for p in Path("out/a").iterdir()}
+
+
+def test_always_save_checkpoint_false_saves_only_what_is_better(train, monkeypatch):
+    losses = iter([5.0, 4.0, 4.5, 3.0])
+    saved = []
+    monkeypatch.setattr(train_py, "evaluate", lambda *a: next(losses))
+    monkeypatch.setattr(checkpoint, "save", lambda p, c, links=(): saved.append((p.name, c["iter_num"])))
+    train("--out_dir=out/a", "--always_save_checkpoint=False")
+    assert saved == [("best.pt", 0), ("best.pt", 4), ("ckpt.pt", 4), ("best.pt", 12), ("ckpt.pt", 12), ("final.pt", 12)]
+
+
+def test_epochs(train):
+    tokens = data.Dataset("tiny").tokens("train")
+    blocks = data.blocks_per_epoch(len(tokens), 16)
+    train("--out_dir=out/a", "--max_epochs=0.5", "--eval_interval=0", "--gradient_accumulation_steps=16")
+    steps = math.ceil(0.5 * blocks / 64)
+    assert [r["step"] for r in rows("out/a")] == list(range(1, steps + 1))
+    assert rows("out/a")[-1]["epoch"] == pytest.approx(steps * 64 / blocks) and steps * 64 >= 0.5 * blocks
+    train("--out_dir=out/b", "--max_epochs=2", "--save_epochs=1", "--eval_interval=0", "--gradient_accumulation_steps=32")
+    ends = [checkpoint.load(f"out/b/ckpt_epoch_{e}.pt")["sequence_index"] for e in (1, 2)]
+    assert all(e * blocks <= end < e * blocks + 128 for e, end in zip((1, 2), ends, strict=True))
+
+
+def test_non_finite_steps_are_skipped_and_several_in_a_row_stop_the_run(train, monkeypatch):
+    forward, count = GPT.forward, [0]
+
+    def ill(bad):
+        def call(self, x, y=None):
+            count[0] += 1
+            logits, loss = forward(self, x, y)
+            return logits, loss * float("nan") if count[0] in bad else loss
+
+        return call
+
+    monkeypatch.setattr(GPT, "forward", ill({6}))
+    status, out, _ = train("--out_dir=out/a")
+    assert status == 0 and out.count("skipped") == 1 and checkpoint.load("out/a/ckpt.pt")["skipped_steps"] == 1
+    count[0] = 0
+    monkeypatch.setattr(GPT, "forward", ill(set(range(12, 99))))
+    status, _, err = train("--out_dir=out/b")
+    assert status == 2 and "not finite" in err and checkpoint.load("out/b/ckpt.pt")["iter_num"] == 8
+    assert all(p.isfinite().all() for p in weights("out/b/ckpt.pt").values())
+
+
+def test_compile_that_fails_goes_on_eager(train, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("no compiler\nhere")
+
+    torch._dynamo.reset()
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", broken)
+    status, out, _ = train("--out_dir=out/a", "--compile=True")
+    assert status == 0 and "going on without it" in out and rows("out/a")[-1]["step"] == 12
+
+
+@pytest.mark.parametrize(("batch", "advice"), [(6, "--batch_size=3 --gradient_accumulation_steps=4"), (1, "smaller model")])
+def test_out_of_memory_says_which_batch_trains_the_same(train, monkeypatch, batch, advice):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(GPT, "forward", full)
+    status, _, err = train("--out_dir=out/a", f"--batch_size={batch}")
+    assert status == 2 and "out of memory" in err and len(err.splitlines()) == 1
+    assert advice in err or (batch == 1 and "smaller block_size" in err)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--n_head=3"],
+        ["--batch_size=0"],
+        ["--dropout=1"],
+        ["--learning_rate=-1"],
+        ["--device=tpu"],
+        ["--device=cuda:99"],
+        ["--dtype=float16"],
+        ["--dataset=nothing"],
+        ["--block_size=100000"],
+        ["--resume_from=out/none.pt"],
+        ["config/none.py"],
+        ["--batchsize=3"],
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(train, args):
+    status, _, err = train("--out_dir=out/a", *args)
+    assert status == 2 and len(err.splitlines()) == 1 and not Path("out/a").exists()
+
+
+def test_killed_in_the_middle_the_same_command_goes_on_to_the_same_bits(corpus, train):
+    """The script as a process, ended by SIGKILL once it has saved."""
+    args = [*TINY, "--max_iters=400", "--eval_interval=50", "--eval_iters=1", "--log_interval=50"]
+    command = [sys.executable, str(ROOT / "train.py"), *args, "--out_dir=out/b"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    killer = threading.Timer(120, process.kill)
+    killer.start()
+    while not Path("out/b/ckpt.pt").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    killer.cancel()
+    step = checkpoint.load("out/b/ckpt.pt")["iter_num"]
+    assert 0 < step < 400
+    train("--out_dir=out/a", *args)
+    _, out, _ = train("--out_dir=out/b", *args)
+    assert f"at step {step}" in out and same_bits(weights("out/a/final.pt"), weights("out/b/final.pt"))
+    assert without_speed(rows("out/a")) == without_speed(rows("out/b")) and not list(Path("out/b").glob("*.partial"))
