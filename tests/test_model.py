@@ -548,13 +548,18 @@ def test_a_full_context_goes_on_from_its_newest_half(block_size, prompt):
 
 @pytest.mark.parametrize(
     "options",
-    [dict(top_k=1), dict(top_p=1e-6), dict(top_p=0.0), dict(temperature=1e-38), dict(top_k=1, top_p=0.5)],
+    [dict(top_k=1), dict(top_p=1e-6), dict(top_p=0.0), dict(temperature=1e-6), dict(top_k=1, top_p=0.5)],
     ids=str,
 )
 def test_the_narrowest_choice_is_the_greedy_one(options):
     net = build()
     idx = ids(net, 4, 3)
     assert torch.equal(text(net, idx, 20, **options), text(net, idx, 20, temperature=0))
+
+
+def test_a_temperature_that_overflows_float32_is_greedy_too():
+    logits = torch.tensor([[-120.0, -100.0, -101.0], [-90.0, -100.0, -110.0]])  # GPT-2's own are like this
+    assert draw(logits, 1e-37, 0, 1.0).tolist() == [1, 0]
 
 
 def test_prompts_of_a_batch_do_not_see_each_other():
