@@ -206,28 +206,23 @@ def encode_pieces(tok, dtype, pieces):
     return {split: (np.concatenate(ids), counts) for split, (ids, counts) in found.items()}
 
 
-def write(name, tok, pieces, total_bytes, counts=None, root="data", threads=0):
-    """Encode `pieces`, an iterable of (split, text, is_last), into data/NAME. Returns its meta.
+def encode_into(folder, name, tok, pieces, total_bytes, threads):
+    """Encode `pieces` into the token files of a folder. Returns (their dtype, {split: counts and sha256}).
 
-    Reading, encoding and writing overlap, with a bounded number of pieces in memory. `counts` {split: {...}} replaces
-    what would be counted from the text. The folder appears, or its files are replaced, only when everything is on disk.
+    Reading, encoding and writing overlap, with a bounded number of pieces in memory.
     """
     from tqdm import tqdm
 
-    folder, partial = Path(root, name), Path(root, f".{name}.partial")
     dtype = np.dtype("<u2") if tok.vocab_size <= 1 << 16 else np.dtype("<u4")
-    shutil.rmtree(partial, ignore_errors=True)  # of a preparation that was killed
-    partial.mkdir(parents=True)
-    files, hashes, totals = {}, {}, {}
+    files, hashes, totals, queue = {}, {}, {}, deque()
     with contextlib.ExitStack() as stack:
         bar = stack.enter_context(tqdm(total=total_bytes, unit="B", unit_scale=True, desc=name, mininterval=0.5))
-        threads = threads or os.cpu_count()
-        pool, queue = stack.enter_context(ThreadPoolExecutor(threads)), deque()
+        pool = stack.enter_context(ThreadPoolExecutor(threads))
 
         def take():
             for split, (ids, counted) in queue.popleft().result().items():
                 if split not in files:
-                    files[split] = stack.enter_context(open(partial / f"{split}.bin", "wb"))
+                    files[split] = stack.enter_context(open(folder / f"{split}.bin", "wb"))
                     hashes[split], totals[split] = hashlib.sha256(), Counter()
                 files[split].write(ids.data)
                 hashes[split].update(ids.data)
@@ -252,26 +247,41 @@ def write(name, tok, pieces, total_bytes, counts=None, root="data", threads=0):
         for f in files.values():
             f.flush()
             os.fsync(f.fileno())
-    splits = {}
-    for split in (s for s in SPLITS if s in totals):
-        splits[split] = {k: totals[split][k] for k in COUNTS}
-        splits[split] |= {**(counts or {}).get(split, {}), "sha256": hashes[split].hexdigest()}
-    meta = {"tokenizer": tok.spec, "vocab_size": tok.vocab_size, "dtype": dtype.name, "splits": splits}
-    with open(partial / "meta.json", "w", encoding="utf-8") as f:
-        json.dump(meta, f, indent=2)
-        f.flush()
-        os.fsync(f.fileno())
-    if folder.exists():
+    found = [split for split in SPLITS if split in totals]
+    return dtype, {s: {k: totals[s][k] for k in COUNTS} | {"sha256": hashes[s].hexdigest()} for s in found}
+
+
+def write(name, tok, pieces, total_bytes, counts=None, accept=None, root="data", threads=0):
+    """Encode `pieces`, an iterable of (split, text, is_last), into data/NAME. Returns its meta.
+
+    `counts` {split: {...}} replaces what would be counted from the text. The folder appears, or its files are replaced,
+    only when everything is on disk and accept(meta), which may raise, has returned.
+    """
+    folder, partial = Path(root, name), Path(root, f".{name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a preparation that was killed
+    partial.mkdir(parents=True)
+    try:
+        dtype, splits = encode_into(partial, name, tok, pieces, total_bytes, threads or os.cpu_count())
+        splits = {split: found | (counts or {}).get(split, {}) for split, found in splits.items()}
+        meta = {"tokenizer": tok.spec, "vocab_size": tok.vocab_size, "dtype": dtype.name, "splits": splits}
+        if accept:
+            accept(meta)
+        with open(partial / "meta.json", "w", encoding="utf-8") as f:
+            json.dump(meta, f, indent=2)
+            f.flush()
+            os.fsync(f.fileno())
+        if not folder.exists():
+            os.rename(partial, folder)
+            return meta
         # meta.json first: until the last token file has followed, the sizes and checksums do not agree with it, so
         # that a replacement cut short in between is refused and not taken for either dataset.
         for file in ["meta.json", *(f"{split}.bin" for split in splits)]:
             os.replace(partial / file, folder / file)
         for split in set(SPLITS) - set(splits):
             (folder / f"{split}.bin").unlink(missing_ok=True)
-        partial.rmdir()
-    else:
-        os.rename(partial, folder)
-    return meta
+        return meta
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def summary(name, meta):

@@ -1,0 +1,22 @@
+# A GPT-2 of 30 M parameters on a shelf of books, small enough to watch it learn on a CPU:
+#     python prepare_text.py BOOKS/*.txt --dataset=books
+#     python train.py config/books.py
+# A step is 16 x 256 = 4,096 tokens; 2,000 steps are 8.2 M tokens, a tenth of an epoch over 319 MB of English.
+out_dir = "out/books"
+dataset = "books"
+
+n_layer = 6
+n_head = 6
+n_embd = 384
+block_size = 256
+batch_size = 16
+gradient_accumulation_steps = 1
+
+learning_rate = 1e-3
+min_lr = 1e-4
+warmup_iters = 100
+max_iters = 2000
+
+eval_interval = 250
+eval_iters = 20  # 82 k tokens of the validation split
+log_interval = 10

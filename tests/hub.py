@@ -1,0 +1,104 @@
+"""A server on the loopback address that answers as the Hugging Face hub does, for repositories held in memory."""
+
+import hashlib
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import parse_qs, urlsplit
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub:
+    """`with Hub({"datasets/owner/name": {path: bytes}}) as hub`: hub.url is its HF_ENDPOINT, hub.answers what it said.
+
+    hub.faults {path: [fault, ...]} spoils the next answers to GETs of a file, one each: "half" closes the connection
+    in the middle of the body, a number is answered as that status.
+    """
+
+    def __init__(self, repos):
+        self.repos, self.answers, self.faults = repos, [], {}
+
+    def __enter__(self):
+        handler = type("Handler", (HubHandler,), {"hub": self})
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *error):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+class HubHandler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args):
+        pass
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.do_GET(body)
+
+    def do_GET(self, body=b""):
+        path = urlsplit(self.path).path.strip("/")
+        for repo, files in self.hub.repos.items():
+            kind = "" if repo.startswith("datasets/") else "models/"
+            if path.startswith(f"api/{kind}{repo}"):
+                return self.api(path.removeprefix(f"api/{kind}{repo}").strip("/").split("/"), files, body)
+            if path.startswith(f"{repo}/resolve/"):
+                return self.resolve(path.removeprefix(f"{repo}/resolve/").partition("/")[2], files)
+        self.answer(404, b"{}", {"X-Error-Code": "RepoNotFound"}, "unknown")
+
+    def api(self, what, files, body):
+        entries = [{"type": "file", "path": p, "size": len(b), "oid": etag(b)} for p, b in files.items()]
+        folders = {p.rpartition("/")[0] for p in files if "/" in p}
+        entries += [{"type": "directory", "path": p, "size": 0, "oid": etag(p.encode())} for p in sorted(folders)]
+        if what[0] == "tree":
+            inside = "/".join(what[2:])
+            found = [e for e in entries if inside == "" or e["path"].startswith(inside + "/")]
+            if inside and not found:
+                return self.answer(404, b"{}", {"X-Error-Code": "EntryNotFound"}, "tree 404")
+            if not inside and "recursive" not in parse_qs(urlsplit(self.path).query):
+                found = [e for e in found if "/" not in e["path"]]
+            return self.answer(200, json.dumps(found).encode(), {}, "tree")
+        if what[0] == "paths-info":
+            wanted = set(json.loads(body)["paths"]) if body.startswith(b"{") else set(parse_qs(body.decode())["paths"])
+            return self.answer(200, json.dumps([e for e in entries if e["path"] in wanted]).encode(), {}, "paths-info")
+        info = {"id": "repo", "sha": COMMIT, "private": False, "gated": False, "disabled": False, "tags": []}
+        info |= {"downloads": 0, "likes": 0, "siblings": [{"rfilename": p} for p in files]}
+        return self.answer(200, json.dumps(info).encode(), {}, "info")
+
+    def resolve(self, name, files):
+        if name not in files:
+            return self.answer(404, b"{}", {"X-Error-Code": "EntryNotFound"}, "resolve 404")
+        content, headers, status = files[name], {"ETag": f'"{etag(files[name])}"', "X-Repo-Commit": COMMIT}, 200
+        if self.command == "GET" and self.hub.faults.get(name):
+            fault = self.hub.faults[name].pop(0)
+            if fault != "half":
+                return self.answer(fault, b"{}", {}, f"resolve {fault}")
+            self.answer(200, content[: len(content) // 2], headers | {"Content-Length": str(len(content))}, "half")
+            self.close_connection = True
+            return None
+        if asked := self.headers.get("Range"):
+            begin = int(asked.removeprefix("bytes=").split("-")[0])
+            headers |= {"Content-Range": f"bytes {begin}-{len(content) - 1}/{len(content)}"}
+            content, status = content[begin:], 206
+        return self.answer(status, content, headers, f"resolve {self.command} {status}")
+
+    def answer(self, status, content, headers, what):
+        self.hub.answers.append(what)
+        self.send_response(status)
+        for key, value in ({"Content-Length": str(len(content)), "Content-Type": "application/json"} | headers).items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+
+def etag(content):
+    return hashlib.sha1(content).hexdigest()

@@ -1,0 +1,420 @@
+"""eval.py against a slow exact computation, transformers' perplexity guide, and properties."""
+
+import copy
+import json
+import math
+import os
+import runpy
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+import checkpoint
+import data
+import eval as evaluation
+import runtime
+import train
+from model import GPT, GPTConfig
+
+ROOT = Path(evaluation.__file__).parent
+DOCUMENTS = ["The first page\nhas two lines.\n", "Über Straßen,\n\n  and no\tlast line end", "x\n", "The end. " * 6]
+KEYS = "protocol block_size stride tokens_scored nll token_ppl word_ppl byte_ppl bits_per_byte".split()
+
+
+def random_model(seed=0, **shape):
+    """A tiny model whose predictions are far from uniform."""
+    torch.manual_seed(seed)
+    shape = dict(block_size=16, vocab_size=257, n_layer=2, n_head=2, n_embd=16) | shape
+    model = GPT(GPTConfig(**shape)).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return model
+
+
+def save_run(model, folder="out/a", file="ckpt.pt", dataset="tiny", **more):
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    kept = {"format": checkpoint.FORMAT, "iter_num": 7, "tokenizer": "bytes", "config": {"dataset": dataset}}
+    checkpoint.save(Path(folder, file), checkpoint.weights(model) | kept | more)
+
+
+def write_dataset(name, *splits, documents=DOCUMENTS):
+    data.write(name, data.BytesTokenizer(), [(split, text, True) for split in splits for text in documents], 0)
+
+
+def random_ids(n, vocab_size=257):
+    return np.random.default_rng(n).integers(vocab_size, size=n).astype(np.uint16)
+
+
+def exact_nll(model, ids, T, stride):
+    """The protocol token by token, in float64: the context of each target is read for this target alone."""
+    model, ids, total = copy.deepcopy(model).double(), torch.from_numpy(ids.astype(np.int64)), 0.0
+    for t in range(1, len(ids)):
+        # disjoint windows of T targets; or, of the windows that begin at 0, stride, ..., the first that reaches t
+        begin = (t - 1) // T * T if stride in (0, T) else max(0, -(-(t - T + 1) // stride)) * stride
+        with torch.no_grad():
+            logits = model(ids[None, begin:t])[0][0, -1]
+        total -= torch.log_softmax(logits, 0)[ids[t]].item()
+    return total
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Models as small as these only wait for a second one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """A working folder with data/tiny (bytes; val and test)."""
+    monkeypatch.chdir(tmp_path)
+    write_dataset("tiny", "val", "test")
+    return tmp_path
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """run("--key=value", ...) runs the script as it stands: (exit status, standard output, standard error)."""
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["eval.py", "--device=cpu", *args])
+        capsys.readouterr()
+        status = 0
+        try:
+            runpy.run_path(str(ROOT / "eval.py"), run_name="__main__")
+        except SystemExit as end:
+            status = end.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def report(run):
+    """report("--key=value", ...) is what the script writes as JSON."""
+
+    def report(*args):
+        status, _, err = run(*args, "--json=report.json")
+        assert status == 0, err
+        return json.loads(Path("report.json").read_text())
+
+    return report
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The sum
+
+
+@pytest.mark.parametrize(
+    ("n", "T", "stride"),
+    [
+        (70, 16, 0),
+        (70, 16, 16),
+        (65, 16, 0),  # the last window is full
+        (66, 16, 0),  # the last window has one target
+        (70, 16, 1),
+        (70, 16, 5),
+        (70, 16, 8),
+        (70, 16, 15),
+        (70, 7, 0),  # smaller than the model's
+        (70, 7, 3),
+        (30, 1, 0),
+        (9, 16, 0),  # less than a window
+        (9, 16, 5),
+        (2, 16, 0),
+        (2, 2, 1),
+    ],
+)
+def test_the_nll_is_that_of_a_slow_exact_computation(n, T, stride):
+    model, ids, rt = random_model(), random_ids(n), runtime.choose("cpu", "float32", False)
+    exact = exact_nll(model, ids, T, stride)
+    for batch_size in (1, 3, 64):
+        nll, scored = evaluation.stream(model, ids, T, stride, batch_size, rt)
+        assert scored == n - 1
+        assert nll == pytest.approx(exact, rel=1e-6)
+
+
+@pytest.mark.parametrize("stride", [1, 6, 11])
+def test_the_strided_stream_is_transformers_perplexity_guide(stride):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model, ids = random_model(), random_ids(90)
+    hf_config, state = model.to_huggingface()
+    theirs = GPT2LMHeadModel(GPT2Config(**hf_config)).eval()
+    missing, unexpected = theirs.load_state_dict(state, strict=False)
+    assert (set(missing), unexpected) == ({"lm_head.weight"}, [])
+    encodings, max_length, nll_sum, n_tokens, prev_end = torch.from_numpy(ids.astype(np.int64))[None], 16, 0.0, 0, 0
+    for begin in range(0, encodings.size(1), stride):
+        end = min(begin + max_length, encodings.size(1))
+        input_ids = encodings[:, begin:end]
+        targets = input_ids.clone()
+        targets[:, : -(end - prev_end)] = -100
+        with torch.no_grad():
+            logits = theirs.double()(input_ids).logits
+        # where the guide adds up means, the sum itself
+        nll_sum += F.cross_entropy(logits[0, :-1], targets[0, 1:], ignore_index=-100, reduction="sum").item()
+        n_tokens += int((targets[:, 1:] != -100).sum())
+        prev_end = end
+        if end == encodings.size(1):
+            break
+    nll, scored = evaluation.stream(model, ids, max_length, stride, 4, runtime.choose("cpu", "float32", False))
+    assert scored == n_tokens
+    assert nll == pytest.approx(nll_sum, rel=1e-6)
+
+
+def test_compiled_figures_are_the_eager_ones(monkeypatch):
+    model, ids, rt = random_model(n_layer=1), random_ids(40), runtime.choose("cpu", "float32", False)
+    eager = evaluation.stream(model, ids, 8, 0, 3, rt)
+    rt.compile, shapes, scores = True, set(), model.nll
+    monkeypatch.setattr(model, "nll", lambda x, y: shapes.add(x.shape) or scores(x, y))
+    nll, scored = evaluation.stream(model, ids, 8, 0, 3, rt)
+    assert model.transformer.h[0]._compiled_call_impl is not None  # it has not fallen back
+    assert (nll, scored) == pytest.approx(eager, rel=1e-6)
+    assert shapes == {(3, 8)}  # five windows in two batches, one shape to compile
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The figures
+
+
+@pytest.mark.parametrize("stride", [0, 5])
+def test_the_report_has_exact_figures_over_the_counts_of_the_text(report, stride):
+    model = random_model()
+    save_run(model)
+    found = report(f"--stride={stride}")
+    (result,) = found.pop("results")
+    assert found == {"model": "out/a/ckpt.pt", "dataset": "tiny", "split": "test"}
+    assert list(result) == KEYS
+
+    ids = np.frombuffer("".join(DOCUMENTS).encode(), np.uint8)
+    assert (result["protocol"], result["block_size"], result["stride"]) == ("stream", 16, stride)
+    assert result["tokens_scored"] == len(ids) - 1
+    nll = result["nll"]
+    assert nll == pytest.approx(exact_nll(model, ids, 16, stride), rel=1e-6)
+    units = sum(len(d.split()) + len(d.splitlines()) for d in DOCUMENTS)
+    assert result["token_ppl"] == pytest.approx(math.exp(nll / (len(ids) - 1)), rel=1e-14)
+    assert result["word_ppl"] == pytest.approx(math.exp(nll / units), rel=1e-14)
+    assert result["byte_ppl"] == pytest.approx(math.exp(nll / len(ids)), rel=1e-14)
+    assert result["bits_per_byte"] == pytest.approx(nll / len(ids) / math.log(2), rel=1e-14)
+
+
+def test_the_table_shows_what_the_report_holds(run):
+    save_run(random_model())
+    status, out, _ = run("--stride=5", "--json=report.json")
+    (result,) = json.loads(Path("report.json").read_text())["results"]
+    head, row = next((head, row) for head, row in zip(out.splitlines(), out.splitlines()[1:]) if "stream" in row)
+    assert status == 0
+    assert len(head) == len(row)
+    assert row.split() == ["stream", "16", "5", *(f"{result[k]:{f}}" for k, f in evaluation.FORMATS.items())]
+
+
+def test_end_of_texts_are_not_scored(report):
+    """Where the documents of a text begin makes no difference to its figures."""
+    save_run(random_model())
+    write_dataset("whole", "test", documents=["".join(DOCUMENTS)])
+    assert data.Dataset("whole").splits["test"]["documents"] < data.Dataset("tiny").splits["test"]["documents"]
+    parts, whole = (report(f"--dataset={name}")["results"][0] for name in ("tiny", "whole"))
+    for key in ("tokens_scored", "nll", "token_ppl", "byte_ppl", "bits_per_byte"):
+        assert parts[key] == whole[key]
+
+
+def test_what_a_nanogpt_folder_does_not_know_is_null_and_a_dash(run, report):
+    ids = random_ids(60, 50257)
+    Path("data/plain").mkdir()
+    np.insert(ids, [0, 20, 40], 50256).astype("<u2").tofile("data/plain/val.bin")
+    model = random_model(vocab_size=50257, n_embd=4)
+    save_run(model, tokenizer="gpt2", dataset="plain")
+    found = report()
+    (result,) = found["results"]
+    assert found["split"] == "val"
+    assert result["tokens_scored"] == 59
+    assert result["nll"] == pytest.approx(exact_nll(model, ids, 16, 0), rel=1e-6)
+    assert result["token_ppl"] == pytest.approx(math.exp(result["nll"] / 59), rel=1e-14)
+    assert [result[k] for k in KEYS[-3:]] == [None, None, None]
+    row = next(line.split() for line in run()[1].splitlines() if "stream" in line and "59" in line)
+    assert row[-2:] == ["-", "-"]
+
+
+def test_a_figure_beyond_a_float_leaves_the_report_valid_json(run):
+    """4,000 bytes that are one word: its perplexity has more than 308 digits."""
+    save_run(random_model())
+    write_dataset("long", "test", documents=["x" * 4000])
+    status, *_ = run("--dataset=long")
+    assert status == 0
+    text = Path("out/a/eval_test.json").read_text()
+    json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+def test_batch_size_changes_nothing(report):
+    save_run(random_model())
+    results = [report("--stride=3", f"--batch_size={n}")["results"][0] for n in (1, 7, 100)]
+    for key in KEYS[3:]:
+        assert [r[key] for r in results] == pytest.approx([results[0][key]] * 3, rel=1e-6)
+
+
+def test_a_stride_of_block_size_is_the_plain_stream(report):
+    save_run(random_model())
+    assert report("--stride=16") == report() == report("--stride=0", "--block_size=16")
+
+
+def test_a_smaller_block_size_is_taken_and_reported(report):
+    model = random_model()
+    save_run(model)
+    (result,) = report("--block_size=6")["results"]
+    assert result["block_size"] == 6
+    ids = np.frombuffer("".join(DOCUMENTS).encode(), np.uint8)
+    assert result["nll"] == pytest.approx(exact_nll(model, ids, 6, 0), rel=1e-6)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Which model, which text, where the figures go
+
+
+@pytest.mark.parametrize(("splits", "taken"), [(("train", "val", "test"), "test"), (("train", "val"), "val")])
+def test_the_split_is_test_else_val(run, splits, taken):
+    save_run(random_model(), dataset="mine")
+    write_dataset("mine", *splits)
+    status, out, _ = run()
+    assert status == 0
+    assert f"mine, {taken} split" in out
+    assert json.loads(Path(f"out/a/eval_{taken}.json").read_text())["split"] == taken
+
+
+def test_a_split_that_is_named_is_taken(run):
+    save_run(random_model())
+    assert run("--split=val")[0] == 0
+    assert json.loads(Path("out/a/eval_val.json").read_text())["split"] == "val"
+
+
+def test_json_names_another_place(run):
+    save_run(random_model())
+    assert run()[0] == run("--json=else where.json")[0] == 0
+    assert Path("else where.json").read_text() == Path("out/a/eval_test.json").read_text()
+    Path("out/a/eval_test.json").unlink()
+    assert run("--json=else where.json")[0] == 0
+    assert not Path("out/a/eval_test.json").exists()
+
+
+def test_the_newest_run_is_taken_and_its_best_checkpoint(report):
+    for age, (folder, file) in enumerate([("b", "ckpt.pt"), ("b", "best.pt"), ("b", "final.pt"), ("a", "best.pt")]):
+        save_run(random_model(age), f"out/{folder}", file)
+        os.utime(f"out/{folder}/{file}", (10_000 - age, 10_000 - age))  # b's ckpt.pt is the newest file of all
+    assert report()["model"] == "out/b/best.pt"
+    os.utime("out/a/best.pt", (20_000, 20_000))
+    assert report()["model"] == "out/a/best.pt"
+    assert report("--out_dir=out/b")["model"] == "out/b/best.pt"
+    assert report("--init_from=out/b/ckpt.pt")["model"] == "out/b/ckpt.pt"
+    Path("out/b/best.pt").unlink()
+    assert report("--out_dir=out/b")["model"] == "out/b/ckpt.pt"
+
+
+def test_the_config_file_of_a_training_serves_with_its_init_from_ignored(report):
+    save_run(random_model(1), "out/b")
+    save_run(random_model(), "out/a")
+    values = {f.name: f.default for f in fields(train.Settings)}
+    values |= dict(init_from="gpt2-xl", out_dir="out/b", dataset="tiny", block_size=4, compile=True, batch_size=5)
+    Path("run.py").write_text("".join(f"{key} = {value!r}\n" for key, value in values.items()))
+    found = report("run.py")
+    assert found == report("--out_dir=out/b")
+    assert (found["model"], found["results"][0]["block_size"]) == ("out/b/ckpt.pt", 16)
+
+
+def test_a_huggingface_folder_is_evaluated_as_its_checkpoint_is(run, report):
+    from safetensors.torch import save_file
+
+    save_run(random_model())
+    hf_config, state = random_model().to_huggingface()
+    Path("hf").mkdir()
+    Path("hf/config.json").write_text(json.dumps(hf_config))
+    save_file(state, "hf/model.safetensors")
+    assert report("--init_from=hf", "--dataset=tiny") == report() | {"model": "hf"}
+    before = sorted(Path().rglob("*"))
+    assert run("--init_from=hf", "--dataset=tiny")[0] == 0
+    assert sorted(Path().rglob("*")) == before  # there is no checkpoint to write beside
+
+
+def test_only_the_table_goes_to_standard_output(run):
+    save_run(random_model())
+    _, out, err = run()
+    assert "tokens/s" in err
+    assert "device cpu" in err
+    assert "tokens/s" not in out
+    assert "device" not in out
+
+
+def test_the_script_itself_evaluates_the_newest_run(folder):
+    save_run(random_model())
+    command = [sys.executable, str(ROOT / "eval.py"), "--device=cpu"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "stream" in done.stdout
+    assert json.loads(Path("out/a/eval_test.json").read_text())["results"][0]["tokens_scored"] > 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--stride=17"], "stride=17 is more than block_size=16"),
+        (["--stride=9", "--block_size=8"], "stride=9 is more than block_size=8"),
+        (["--block_size=17"], "block_size=17 is more than the model's 16"),
+        (["--block_size=-1"], "block_size"),
+        (["--stride=-1"], "stride"),
+        (["--batch_size=0"], "batch_size"),
+        (["--split=valid"], "one of"),
+        (["--split=train"], "no train split (there: val, test)"),
+        (["--dataset=nothing"], "no dataset 'data/nothing' (there: letters, short, tiny)"),
+        (["--dataset=letters"], "tokenizer"),
+        (["--dataset=short"], "nothing to score"),
+        (["--out_dir=out/none"], "no checkpoint in out/none"),
+        (["--init_from=out/a"], "neither a checkpoint nor"),
+        (["--init_from=out/b/broken.pt"], "is damaged"),
+        (["--init_from=out/b/unsaid.pt"], "--dataset=NAME"),
+        (["--json=no/such/folder.json"], "--json=PATH"),
+        (["--device=tpu"], "device=tpu"),
+    ],
+)
+def test_a_mistake_is_one_line(run, args, says):
+    save_run(random_model(), "out/b")
+    save_run(random_model(), "out/b", "unsaid.pt", dataset="")
+    Path("out/a").mkdir()
+    Path("out/b/broken.pt").write_bytes(Path("out/b/ckpt.pt").read_bytes()[:-100])
+    write_dataset("short", "test", documents=["x"])
+    Path("data/letters").mkdir()
+    np.zeros(99, "<u2").tofile("data/letters/test.bin")  # nanoGPT's, with GPT-2 ids
+    status, _, err = run(*args)
+    assert status == 2
+    assert says in err.splitlines()[-1]
+    if "--json" not in args[0]:  # which is found out last
+        assert len(err.splitlines()) == 1
+    assert "Traceback" not in err
+    assert not list(Path().rglob("eval_*.json"))
+
+
+def test_no_run_at_all_is_one_line(run):
+    status, out, err = run()
+    assert (status, out) == (2, "")
+    assert err.startswith("eval.py: there is no run under out")
+    assert len(err.splitlines()) == 1
+
+
+def test_a_token_file_that_is_not_what_meta_json_describes_is_refused(run):
+    save_run(random_model())
+    ids = np.fromfile("data/tiny/test.bin", "<u2")
+    ids[5] += 1
+    ids.tofile("data/tiny/test.bin")
+    status, out, err = run()
+    assert (status, out) == (2, "")
+    assert "data/tiny/test.bin is not the file" in err
+    assert len(err.splitlines()) == 1
