@@ -258,10 +258,9 @@ def main():
             raise
         b, steps = s.batch_size, s.gradient_accumulation_steps
         less = next((d for d in range(b // 2, 0, -1) if b % d == 0), 0)
-        advice = (
-            f"--batch_size={less} --gradient_accumulation_steps={steps * b // max(less, 1)} trains the same in less"
-        )
-        advice = advice if less else "no batch is smaller, so take a smaller block_size or model"
+        advice = "no batch is smaller, so take a smaller block_size or model"
+        if less:
+            advice = f"--batch_size={less} --gradient_accumulation_steps={steps * b // less} trains the same in less"
         raise config.UserError(f"out of memory with batch_size={b}; {advice}") from None
 
 

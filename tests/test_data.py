@@ -34,6 +34,7 @@ COUNTS = ("tokens", "documents", "words", "lines", "bytes")
 
 quick = settings(max_examples=60, deadline=None, database=None)
 SPACES = [" ", "  ", "\n", "\n\n", "\r\n", "\t", "\v\f", "\x1c", "\x85", "\xa0", "\u2003", "\u2028", "\u3000"]
+SPACES += [" " * 7, "\n" * 5]
 WORDS = ["a", "It", "'s", "'ll", "!", "...", "1", "2024", "é", "e\u0301", "漢字", "😀", "👨\u200d👩\u200d👧", "\ufeff"]
 WORDS += ["x" * 99, "<|endoftext|>"]
 odd_text = st.lists(st.sampled_from(SPACES + WORDS) | st.text(max_size=4), max_size=40).map("".join)

@@ -1,0 +1,404 @@
+"""sample.py: what it prints is what the model generates, and nothing else."""
+
+import io
+import json
+import pickle
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import checkpoint
+import config
+import data
+import sample
+from model import GPT, GPTConfig
+
+ROOT = Path(sample.__file__).parent
+EOT = data.BytesTokenizer.eot
+RULE = "-" * 15 + "\n"
+
+
+def random_model(seed=0, **shape):
+    """A tiny model that finds some ids much likelier than others."""
+    torch.manual_seed(seed)
+    shape = dict(block_size=16, vocab_size=257, n_layer=2, n_head=2, n_embd=16) | shape
+    model = GPT(GPTConfig(**shape)).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return model
+
+
+def parrot(ids, **shape):
+    """A model that after a prompt of one token says `ids`, at any temperature: only the position decides."""
+    model = random_model(**dict(block_size=len(ids), n_layer=1, n_head=1) | shape)
+    for p in model.transformer.h.parameters():
+        p.data.zero_()
+    wte = model.transformer.wte.weight
+    wte.data = F.layer_norm(wte.data, wte.shape[1:])
+    model.lm_head.weight = wte
+    model.transformer.wpe.weight.data = 1000 * wte.data[ids]
+    model.transformer.ln_f.weight.data.fill_(100.0)
+    model.transformer.ln_f.bias.data.zero_()
+    return model
+
+
+def save_run(model, tokenizer="bytes", **more):
+    Path("out/a").mkdir(parents=True, exist_ok=True)
+    kept = {"format": checkpoint.FORMAT, "iter_num": 7, "tokenizer": tokenizer, "config": {"dataset": "tiny"}}
+    checkpoint.save("out/a/ckpt.pt", checkpoint.weights(model) | kept | more)
+
+
+def save_nanogpt(model, dataset, block_size=16):
+    """The file that nanoGPT's train.py leaves, as torch.compile makes its names."""
+    Path("out/a").mkdir(parents=True, exist_ok=True)
+    args = {k: v for k, v in checkpoint.weights(model)["model_args"].items()}
+    assert len(args) == 7
+    state = {f"_orig_mod.{k}": v for k, v in model.state_dict().items()}
+    kept = {"optimizer": {}, "iter_num": 2000, "best_val_loss": torch.tensor(1.5), "config": {"dataset": dataset}}
+    torch.save({"model": state, "model_args": args, **kept}, "out/a/ckpt.pt")
+
+
+def save_meta_pkl(dataset, chars):
+    Path("data", dataset).mkdir(parents=True)
+    meta = {"vocab_size": len(chars), "itos": dict(enumerate(chars)), "stoi": {c: i for i, c in enumerate(chars)}}
+    Path("data", dataset, "meta.pkl").write_bytes(pickle.dumps(meta))
+
+
+def generated(model, prompt, n, seed=1337, samples=1, tok=data.BytesTokenizer, **options):
+    """The texts of the ids that generate() gives, each up to its end-of-text."""
+    options = dict(temperature=0.8, top_k=200, eot=tok.eot, vocab_size=tok.vocab_size) | options
+    generator = torch.Generator().manual_seed(seed)
+    drawn = model.generate(torch.tensor([prompt] * samples), n, generator=generator, **options)
+    rows = torch.stack(list(drawn), dim=1).tolist()
+    rows = [row[: row.index(tok.eot)] if tok.eot in row else row for row in rows]
+    return [tok.decode(tok(), row).decode("utf-8", "replace") for row in rows]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Models as small as these only wait for a second one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """run("--key=value", ...) runs the script as it stands: (exit status, standard output, standard error)."""
+
+    def run(*args, stdin=b""):
+        monkeypatch.setattr(sys, "argv", ["sample.py", "--device=cpu", *args])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        capsys.readouterr()
+        status = 0
+        try:
+            runpy.run_path(str(ROOT / "sample.py"), run_name="__main__")
+        except SystemExit as end:
+            status = end.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def text(run):
+    """text("--key=value", ...) is what the script writes to standard output."""
+
+    def text(*args, **kwargs):
+        status, out, err = run(*args, **kwargs)
+        assert status == 0, err
+        return out
+
+    return text
+
+
+@pytest.fixture
+def mistake(run):
+    """mistake("--key=value", ...) is the one line with which the script ends."""
+
+    def mistake(*args, **kwargs):
+        status, out, err = run(*args, **kwargs)
+        assert (status, out) == (2, "")
+        assert len(err.splitlines()) == 1
+        return err
+
+    return mistake
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is printed
+
+
+@pytest.mark.parametrize("seed", [1337, 1, 2])
+def test_one_sample_is_the_prompt_and_the_text_that_the_model_generates(text, seed):
+    model = random_model()
+    save_run(model)
+    expected = "Öl " + generated(model, list("Öl ".encode()), 60, seed)[0] + "\n"
+    assert text("--start=Öl ", "--max_new_tokens=60", f"--seed={seed}") == expected
+
+
+def test_several_samples_are_the_texts_of_one_batch(text):
+    model = random_model()
+    save_run(model)
+    expected = generated(model, [97, 98], 300, samples=3)
+    assert len({len(sample.encode()) for sample in expected}) > 1  # some have ended by themselves
+    assert text("--start=ab", "--num_samples=3", "--max_new_tokens=300") == "".join(
+        f"ab{sample}\n{RULE}" for sample in expected
+    )
+
+
+def test_the_options_reach_the_model(text):
+    model = random_model()
+    save_run(model)
+    shown = text("--start=a", "--max_new_tokens=40", "--temperature=1.7", "--top_k=0", "--top_p=0.9", "--seed=5")
+    assert shown == "a" + generated(model, [97], 40, 5, temperature=1.7, top_k=0, top_p=0.9)[0] + "\n"
+
+
+def test_the_same_seed_gives_the_same_text_and_another_seed_another(text):
+    save_run(random_model())
+    first, again, other = (text(f"--seed={seed}", "--start=a") for seed in (3, 3, 4))
+    assert first == again != other
+
+
+def test_temperature_0_draws_nothing(text):
+    save_run(random_model())
+    greedy = [text("--temperature=0", f"--seed={seed}", "--start=a", "--max_new_tokens=30") for seed in (3, 4)]
+    assert greedy[0] == greedy[1] == "a" + generated(random_model(), [97], 30, temperature=0)[0] + "\n"
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_characters_split_over_tokens_come_out_whole(text, samples):
+    """Each byte of them is a token of its own."""
+    words = "naïve – 日本語 😀"
+    save_run(parrot(list(words.encode())))
+    shown = text("--start=x", f"--max_new_tokens={len(words.encode())}", f"--num_samples={samples}")
+    assert shown == f"x{words}\n" + (f"{RULE}x{words}\n{RULE}" if samples == 2 else "")
+
+
+def test_a_character_cut_off_at_the_end_is_shown_as_such(text):
+    save_run(parrot(list("a😀".encode())))
+    assert text("--start=x", "--max_new_tokens=3") == "xa\ufffd\n"
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_a_sample_stops_at_end_of_text_and_does_not_print_it(text, samples):
+    save_run(parrot([*b"hi", EOT, *b" never"]))
+    shown = text("--max_new_tokens=8", f"--num_samples={samples}")
+    assert shown == ("hi\n" if samples == 1 else f"hi\n{RULE}" * 2)
+
+
+def test_a_model_that_always_ends_writes_nothing(text):
+    save_run(parrot([EOT] * 8))
+    assert text("--start=") == "\n"
+    assert text("--start=a") == "a\n"
+
+
+def test_what_the_program_says_of_itself_goes_to_standard_error(run):
+    save_run(parrot(list(b"text")))
+    _, out, err = run("--max_new_tokens=4")
+    assert out == "text\n"
+    assert "out/a/ckpt.pt: step 7; device cpu" in err
+    assert "4 tokens, " in err
+
+
+def test_a_reader_that_leaves_is_no_mistake(folder):
+    """As in `sample.py | head -c 1`."""
+    save_run(random_model())
+    command = [sys.executable, str(ROOT / "sample.py"), "--device=cpu", "--max_new_tokens=10_000", "--start=a"]
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.read(1) == b"a"
+        process.stdout.close()
+        err = process.stderr.read().decode()
+    assert process.returncode == 141
+    assert len(err.splitlines()) == 1  # which says what is sampled from
+    assert "step 7" in err
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The prompt
+
+
+def test_a_prompt_is_text_a_file_or_standard_input(text):
+    save_run(random_model())
+    prompt = "Größe=1\r\n\tzwei\n"
+    Path("a prompt.txt").write_bytes(prompt.encode())
+    shown = text(f"--start={prompt}")
+    assert shown.startswith(prompt)
+    assert text("--start=FILE:a prompt.txt") == shown
+    assert text("--start=-", stdin=prompt.encode()) == shown
+
+
+def test_an_empty_prompt_is_the_beginning_of_a_document(text):
+    model = random_model()
+    save_run(model)
+    expected = generated(model, [EOT], 40)[0] + "\n"
+    assert text("--max_new_tokens=40") == text("--max_new_tokens=40", "--start=-") == expected
+
+
+@pytest.mark.parametrize(
+    ("prompt", "ids"),
+    [
+        ("", [EOT]),
+        ("ab", [97, 98]),
+        ("<|endoftext|>", [EOT]),
+        ("<|endoftext|>a", [EOT, 97]),
+        ("a<|endoftext|><|endoftext|>b", [97, EOT, EOT, 98]),
+        ("a<|endoftext|>", [97, EOT]),
+        ("<|endof", list(b"<|endof")),
+    ],
+)
+def test_end_of_text_in_a_prompt_is_its_id(text, prompt, ids):
+    assert sample.encode_prompt(prompt, data.BytesTokenizer()) == ids
+    model = random_model(1)
+    save_run(model)
+    assert text(f"--start={prompt}", "--max_new_tokens=20") == prompt + generated(model, ids, 20)[0] + "\n"
+
+
+def test_end_of_text_in_a_prompt_is_gpt2s_id():
+    ids = sample.encode_prompt("Hello<|endoftext|>Hello", data.Gpt2Tokenizer())
+    assert ids == [15496, 50256, 15496]
+
+
+def test_of_a_long_prompt_the_end_is_read_and_all_is_printed(run):
+    model = random_model()
+    save_run(model)
+    prompt = "a prompt of more than sixteen tokens"
+    status, out, err = run(f"--start={prompt}", "--max_new_tokens=40")
+    assert status == 0
+    assert out == prompt + generated(model, list(prompt[-16:].encode()), 40)[0] + "\n"
+    assert "of the prompt's 36 tokens the last 16 are read" in err
+    assert "are read" not in run(f"--start={prompt[:16]}")[2]
+
+
+@pytest.mark.parametrize("start", ["-", "FILE:prompt.txt", "caf\udce9"])  # the last as Python has an argument's bytes
+def test_a_prompt_that_is_not_utf8_is_a_mistake(mistake, start):
+    save_run(random_model())
+    Path("prompt.txt").write_bytes(b"caf\xe9")
+    assert "not UTF-8 at byte 3" in mistake(f"--start={start}", stdin=b"caf\xe9")
+
+
+@pytest.mark.parametrize(("path", "says"), [("nothing.txt", "No such file"), ("out", "Is a directory")])
+def test_a_prompt_file_that_cannot_be_read_is_a_mistake(mistake, path, says):
+    save_run(random_model())
+    assert f"--start=FILE:{path}: {says}" in mistake(f"--start=FILE:{path}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Models of others
+
+
+def test_a_nanogpt_checkpoint_of_gpt2_samples_only_real_ids(text):
+    """Its vocabulary is padded to 50,304, and here the padding is what the model likes best."""
+    tok = data.Gpt2Tokenizer()
+    ids = tok.encode(" a man who knew").tolist()
+    model = parrot([ids[0], 50_257, 50_303, *ids[1:]], vocab_size=50_304)
+    save_nanogpt(model, "openwebtext")
+    padded = torch.stack(list(model.generate(torch.tensor([[50_256]]), 6, temperature=0)), dim=1)[0]
+    assert (padded >= tok.vocab_size).any()
+    shown = text("--max_new_tokens=6", "--num_samples=2")
+    expected = generated(model, [tok.eot], 6, samples=2, tok=data.Gpt2Tokenizer)
+    assert shown == "".join(f"{sample}\n{RULE}" for sample in expected)
+    assert shown.startswith(" a")
+
+
+def test_a_nanogpt_checkpoint_of_characters_reads_them_from_its_dataset(text, mistake):
+    chars = "\n aehlo"
+    save_meta_pkl("letters", chars)
+    save_nanogpt(parrot([chars.index(c) for c in "hello all"], vocab_size=len(chars)), "letters")
+    assert text("--max_new_tokens=9", "--start=a") == "ahello all\n"
+    assert text("--max_new_tokens=9") == "hello all\n"  # after nanoGPT's own empty prompt, a line end
+    assert "the text has 'x', not one of the model's 7 characters" in mistake("--start=ax")
+
+
+def test_a_nanogpt_checkpoint_whose_vocabulary_is_not_here_is_a_mistake(mistake):
+    """Its dataset's meta.pkl is missing, so it would pass for GPT-2's."""
+    save_nanogpt(random_model(vocab_size=65), "letters")
+    assert "data/letters" in mistake()
+
+
+def test_our_checkpoint_of_characters_needs_no_dataset(text, mistake):
+    chars = "abc"
+    save_run(parrot([2, 0, 1], vocab_size=3), tokenizer="char:" + chars)
+    assert text("--start=a", "--max_new_tokens=3") == "acab\n"
+    assert "'z'" in mistake("--start=z")
+
+
+def test_a_huggingface_folder_samples_as_its_checkpoint_does(text):
+    from safetensors.torch import save_file
+
+    model = random_model()
+    save_run(model)
+    hf_config, state = model.to_huggingface()
+    Path("hf").mkdir()
+    Path("hf/config.json").write_text(json.dumps(hf_config))
+    save_file(state, "hf/model.safetensors")
+    assert text("--init_from=hf", "--start=a") == text("--start=a")
+
+
+def test_a_huggingface_folder_of_another_vocabulary_is_a_mistake(mistake):
+    from safetensors.torch import save_file
+
+    hf_config, state = random_model(vocab_size=99).to_huggingface()
+    Path("hf").mkdir()
+    Path("hf/config.json").write_text(json.dumps(hf_config))
+    save_file(state, "hf/model.safetensors")
+    assert "tokenizer" in mistake("--init_from=hf")
+
+
+def test_the_config_file_of_a_training_names_its_run(text):
+    save_run(random_model())
+    Path("out/a").rename("out/b")
+    save_run(random_model(1))
+    Path("run.py").write_text("out_dir = 'out/b'\ninit_from = 'gpt2-xl'\nblock_size = 4\nmax_iters = 9\n")
+    assert text("run.py", "--start=a") == text("--out_dir=out/b", "--start=a") != text("--out_dir=out/a", "--start=a")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    "arg",
+    [
+        "--top_p=0",
+        "--top_p=1.01",
+        "--top_p=-0.5",
+        "--temperature=-0.1",
+        "--top_k=-1",
+        "--num_samples=0",
+        "--max_new_tokens=0",
+        "--seed=-1",
+    ],
+)
+def test_a_setting_out_of_range_is_named(mistake, arg):
+    save_run(random_model())
+    assert f" {arg[2:].split('=')[0]}" in mistake(arg)
+
+
+def test_no_model_a_broken_one_and_no_device_are_mistakes(mistake):
+    assert "there is no run under out" in mistake()
+    save_run(random_model())
+    assert "no checkpoint" in mistake("--init_from=out/b.pt")
+    assert "device=tpu" in mistake("--device=tpu")
+    Path("out/a/ckpt.pt").write_bytes(Path("out/a/ckpt.pt").read_bytes()[:-9])
+    assert "damaged" in mistake()
+
+
+def test_prompts_are_read_as_they_stand(monkeypatch):
+    """Only the first letters decide: a text that merely holds FILE: or - is a text."""
+    for prompt in ("", "--", "- a", "a FILE:b", "file:x"):
+        assert sample.read_prompt(prompt) == prompt
+    with pytest.raises(config.UserError):
+        sample.read_prompt("FILE:")
