@@ -400,6 +400,16 @@ def test_no_run_at_all_is_one_line(run):
     assert len(err.splitlines()) == 1
 
 
+def test_a_nanogpt_checkpoint_whose_vocabulary_is_not_here_is_one_line(run):
+    """Without its dataset's meta.pkl it would pass for GPT-2's, of which it has too few ids."""
+    save_run(random_model(vocab_size=65), tokenizer="", dataset="letters")
+    Path("data/plain").mkdir()
+    random_ids(60, 50257).tofile("data/plain/val.bin")
+    status, out, err = run("--dataset=plain")
+    assert (status, out) == (2, "")
+    assert len(err.splitlines()) == 1
+
+
 def test_a_token_file_that_is_not_what_meta_json_describes_is_refused(run):
     save_run(random_model())
     ids = np.fromfile("data/tiny/test.bin", "<u2")
