@@ -62,7 +62,10 @@ class Gpt2Tokenizer:
         )
 
     def encode(self, text):
-        return self.tiktoken.encode_to_numpy(text, disallowed_special=())
+        try:
+            return self.tiktoken.encode_to_numpy(text, disallowed_special=())
+        except ValueError as error:  # its pattern gives up on a million blanks in a row
+            raise DataError(f"the text cannot be tokenized ({error}); take out the long runs of blanks") from None
 
     def decode(self, ids):
         return self.tiktoken.decode_bytes(ids)
@@ -127,10 +130,14 @@ def read_meta_pkl(path):
     return CharTokenizer("".join(chars))
 
 
-def nanogpt_tokenizer(dataset, root="data"):
-    """The tokenizer's spec of nanoGPT's checkpoint, which does not say: its dataset's meta.pkl, else GPT-2's."""
+def nanogpt_tokenizer(dataset, vocab_size=Gpt2Tokenizer.vocab_size, root="data"):
+    """The tokenizer's spec of nanoGPT's data or checkpoint, which do not say: the dataset's meta.pkl, else GPT-2's."""
     pickled = Path(root, dataset, "meta.pkl")
-    return read_meta_pkl(pickled).spec if dataset and pickled.is_file() else "gpt2"
+    if dataset and pickled.is_file():
+        return read_meta_pkl(pickled).spec
+    if vocab_size < Gpt2Tokenizer.vocab_size:
+        raise DataError(f"{pickled} is missing, which says what the model's {vocab_size:,} ids mean; put it there")
+    return "gpt2"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -262,6 +269,8 @@ def write(name, tok, pieces, total_bytes, counts=None, accept=None, root="data",
     partial.mkdir(parents=True)
     try:
         dtype, splits = encode_into(partial, name, tok, pieces, total_bytes, threads or os.cpu_count())
+        if not splits:
+            raise DataError(f"there is no text to make data/{name} of")
         splits = {split: found | (counts or {}).get(split, {}) for split, found in splits.items()}
         meta = {"tokenizer": tok.spec, "vocab_size": tok.vocab_size, "dtype": dtype.name, "splits": splits}
         if accept:
@@ -312,7 +321,7 @@ def lock(name, root="data"):
 
 def ensure(name, root="data"):
     """Run prepare_NAME.py where data/NAME does not exist. Raises DataError where there is no such script."""
-    script = Path(__file__).with_name(f"prepare_{name}.py")
+    script = Path(__file__).parent / f"prepare_{name}.py"
     if name in names(root) or not script.exists():
         return
     with lock(f"{name}.train", root):
@@ -352,7 +361,7 @@ class Dataset:
                     "prepare the data again"
                 ) from None
         else:
-            self.tokenizer_spec = nanogpt_tokenizer(name, root)
+            self.tokenizer_spec = nanogpt_tokenizer(name, root=root)
             self.vocab_size = 50257 if self.tokenizer_spec == "gpt2" else len(self.tokenizer_spec) - len("char:")
             self.dtype = np.dtype("<u2")
             self.splits = {split: dict.fromkeys((*COUNTS, "sha256")) for split in self.paths}
@@ -370,8 +379,10 @@ class Dataset:
         size, width = path.stat().st_size, self.dtype.itemsize
         if size == 0 or size % width:
             raise DataError(f"{path} is {size:,} bytes long, not a whole number of {width}-byte ids; prepare it again")
-        if counts["tokens"] is not None and size != width * (expected := counts["tokens"] + counts["documents"]):
-            raise DataError(f"{path} holds {size // width:,} ids, meta.json says {expected:,}; prepare the data again")
+        if None not in (counts["tokens"], counts["documents"]):
+            expected = counts["tokens"] + counts["documents"]
+            if size != width * expected:
+                raise DataError(f"{path} holds {size // width:,} ids, meta.json says {expected:,}; prepare it again")
         return np.memmap(path, self.dtype, mode="r")
 
     def verify(self, split):
@@ -451,7 +462,7 @@ def sequence_starts(n_tokens, block_size, seed, index):
     Every epoch cuts the tokens into disjoint blocks at an offset of its own, in an order of its own.
     """
     blocks = blocks_per_epoch(n_tokens, block_size)
-    slack = min(block_size - 1, n_tokens - 1 - blocks * block_size)
+    slack = n_tokens - 1 - blocks * block_size  # ids that an epoch leaves out, at its two ends
     index, starts = np.asarray(index, np.int64), np.empty(len(index), np.int64)
     for epoch in np.unique(index // blocks):
         here = index // blocks == epoch

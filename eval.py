@@ -69,7 +69,8 @@ def figures(nll, scored, counts):
 
 
 def exp(x):
-    return math.exp(x) if x < 709 else math.inf  # beyond that a float64 overflows
+    """e^x; None where it is beyond a float64, which JSON could not hold either."""
+    return math.exp(x) if x < 709 else None
 
 
 def main():
@@ -81,7 +82,7 @@ def main():
     if not name:
         raise config.UserError(f"{opened.name} does not say what it was trained on; --dataset=NAME")
     dataset = data.Dataset(name)
-    spec = opened.tokenizer or data.nanogpt_tokenizer(opened.dataset)
+    spec = opened.tokenizer or data.nanogpt_tokenizer(opened.dataset, opened.model.config.vocab_size)
     if spec != dataset.tokenizer_spec:
         raise config.UserError(
             f"{opened.name} has the tokenizer {spec[:40]!r}, data/{name} was made with "
@@ -109,6 +110,8 @@ def main():
     began = time.perf_counter()
     nll, scored = stream(model, ids, T, s.stride, s.batch_size, rt)
     seconds = time.perf_counter() - began
+    if not math.isfinite(nll):
+        raise config.UserError(f"{opened.name} gives no finite loss on this text; its weights have diverged")
     result = {"protocol": "stream", "block_size": T, "stride": s.stride, "tokens_scored": scored, "nll": nll}
     result |= figures(nll, scored, counts)
     report = {"model": opened.name, "dataset": name, "split": split, "results": [result]}

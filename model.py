@@ -29,9 +29,10 @@ class GPTConfig:
     n_inner: int = 0  # width of the MLP; 0 is 4 * n_embd
 
     def __post_init__(self):
-        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: {name} must be at least 1")
+        sizes = {"block_size": 1, "vocab_size": 1, "n_layer": 1, "n_head": 1, "n_embd": 1, "n_inner": 0}
+        for name, least in sizes.items():
+            if not isinstance(value := getattr(self, name), int) or value < least:
+                raise ValueError(f"{name}={value!r}: {name} must be a whole number of at least {least}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}; change one of them")
 
@@ -154,7 +155,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_output):
         grad_x, grad_w, count = ctx.saved_tensors
         scale = grad_output / count
-        return (grad_x * scale).to(ctx.dtypes[0]), (grad_w * scale).to(ctx.dtypes[1]), None
+        return grad_x.to(ctx.dtypes[0]) * scale, grad_w.to(ctx.dtypes[1]) * scale, None
 
 
 def chunked_nll(x, weight, targets):
@@ -319,8 +320,8 @@ class GPT(nn.Module):
         try:
             hf = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             config = huggingface_config(hf)
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{folder / 'config.json'}: {error}") from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{folder / 'config.json'}: {error}; it takes a GPT-2's") from None
         try:
             state = load_file(folder / "model.safetensors")
         except SafetensorError as error:
@@ -328,10 +329,11 @@ class GPT(nn.Module):
         state = {k if k.startswith(("transformer.", "lm_head.")) else f"transformer.{k}": v for k, v in state.items()}
         # Masks of older transformers versions are buffers, not weights; the output layer is tied.
         state = {k: v for k, v in state.items() if not k.endswith((".attn.bias", ".attn.masked_bias"))}
-        state["lm_head.weight"] = state.get("transformer.wte.weight")
+        if "transformer.wte.weight" in state:
+            state["lm_head.weight"] = state["transformer.wte.weight"]
         model = cls(config)
         wanted = model.state_dict()
-        state = {k: v.t() if k.endswith(CONV1D) else v for k, v in state.items()}
+        state = {k: v.t() if k.endswith(CONV1D) and v.dim() == 2 else v for k, v in state.items()}
         wrong = [k for k in wanted if k not in state or state[k].shape != wanted[k].shape]
         if wrong := wrong + sorted(set(state) - set(wanted)):
             raise ValueError(f"{folder / 'model.safetensors'} does not fit its config.json: {wrong[0]}")
@@ -391,7 +393,7 @@ def draw(logits, temperature, top_k, top_p, generator=None):
     """Ids (B,) drawn from logits (B, V); see GPT.generate."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits / temperature
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # no temperature can overflow the largest, 0
     if 0 < top_k < logits.size(-1):
         least = logits.topk(top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < least, -math.inf)

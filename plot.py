@@ -57,7 +57,8 @@ def main():
     axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter())
     axes.grid(alpha=0.3)
     axes.legend()
-    out = Path(s.out) if s.out else Path(s.run[0] if Path(s.run[0]).is_dir() else ".") / "loss.png"
+    first = Path(s.run[0])
+    out = Path(s.out) if s.out else (first if first.is_dir() else first.parent) / "loss.png"
     try:
         figure.savefig(out, dpi=120)
     except (OSError, ValueError) as error:

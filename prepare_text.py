@@ -41,14 +41,19 @@ def find_files(arguments):
         if not found:
             raise config.UserError(f"{argument}: there is no such file, folder or glob")
         for path in map(Path, found):
-            inside = sorted(p for p in path.rglob("[!.]*") if p.is_file()) if path.is_dir() else [path]
-            files |= dict.fromkeys(p for p in inside if not any(part.startswith(".") for part in p.parts[1:-1]))
-    empty = [p for p in files if p.stat().st_size == 0]
+            inside = [p for p in sorted(path.rglob("*")) if p.is_file() and not hidden(p, path)]
+            for each in inside if path.is_dir() else [path]:
+                files.setdefault(each.resolve(), each)
+    empty = [p for p in files.values() if p.stat().st_size == 0]
     if empty:
         print(f"left out {len(empty)} empty files, such as {empty[0]}")
     if len(files) == len(empty):
         raise config.UserError("these paths hold no text")
-    return [p for p in files if p not in set(empty)]
+    return [p for p in files.values() if p not in set(empty)]
+
+
+def hidden(path, folder):
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
 def document_spans(path, separator):
@@ -78,9 +83,10 @@ def last_lines(path, span, fraction):
     begin, end = span
     with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as text:
         near = end - int((end - begin) * fraction)
-        cut = text.rfind(b"\n", begin, max(near, begin + 1)) + 1 or text.find(b"\n", near, end - 1) + 1
-    if not begin < cut < end:
+        ends = {text.rfind(b"\n", begin, min(near, end - 1)) + 1, text.find(b"\n", near, end - 1) + 1} - {0}
+    if not ends:
         raise config.UserError(f"{path} is one line, which can't be shared out; give more files, or --val_fraction=0")
+    cut = min(ends, key=lambda at: abs(at - near))
     return np.array([[begin, cut], [cut, end]])
 
 

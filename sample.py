@@ -71,7 +71,7 @@ def main():
         raise config.UserError(f"top_p={s.top_p}: top_p is a probability, more than 0 and at most 1")
     rt = runtime.choose(s.device, s.dtype, compile=False)
     opened = checkpoint.open_run(s.out_dir, s.init_from)
-    tok = data.tokenizer(opened.tokenizer or data.nanogpt_tokenizer(opened.dataset))
+    tok = data.tokenizer(opened.tokenizer or data.nanogpt_tokenizer(opened.dataset, opened.model.config.vocab_size))
     model = opened.model.to(rt.device).eval()
     text = read_prompt(s.start)
     prompt = encode_prompt(text, tok)

@@ -315,7 +315,8 @@ def train(s):
         model = GPT(GPTConfig(vocab_size=dataset.vocab_size, **shape))
     else:
         opened = checkpoint.open_model(s.init_from)
-        model, spec = opened.model, opened.tokenizer or data.nanogpt_tokenizer(opened.dataset)
+        model = opened.model
+        spec = opened.tokenizer or data.nanogpt_tokenizer(opened.dataset, model.config.vocab_size)
         if spec != dataset.tokenizer_spec:
             raise config.UserError(
                 f"{s.init_from} has the tokenizer {spec[:40]!r}, data/{s.dataset} was made with "

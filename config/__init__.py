@@ -39,15 +39,15 @@ def run(main, *mistakes):
     try:
         main()
         sys.stdout.flush()
+    except BrokenPipeError:  # the reader of our output has gone, as in `sample.py | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except (UserError, *mistakes) as error:
         print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our output has gone, as in `sample.py | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
 
 
 def load(cls, argv=None, positional="", command_line_only=()):
@@ -61,6 +61,7 @@ def load(cls, argv=None, positional="", command_line_only=()):
         print(help_text(cls, positional))
         sys.exit(0)
     hints, values, bare = typing.get_type_hints(cls), {}, []
+    hints.pop(positional, None)
     for arg in (a for a in argv if not a.startswith("--")):
         if positional:
             bare.append(arg)
@@ -88,13 +89,14 @@ def read_file(path, known):
         close = difflib.get_close_matches(path, files, n=1, cutoff=0.4)
         raise UserError(f"{path}: no such config file{f'; did you mean {close[0]}?' if close else ''}")
     try:
-        source = Path(path).read_text(encoding="utf-8")
+        source = Path(path).read_text(encoding="utf-8-sig")
         tree = ast.parse(source, path)
         names = {"__file__": path, "__name__": "__config__"}
         exec(compile(tree, path, "exec"), names)
     except (Exception, SystemExit) as error:
         frames = [f.lineno for f in inspect.getinnerframes(error.__traceback__) if f.filename == path]
-        line = error.lineno if isinstance(error, SyntaxError) else (frames or [1])[-1]
+        own = isinstance(error, SyntaxError) and error.filename == path  # else of text that the file evaluates
+        line = (error.lineno or 1) if own else (frames or [1])[-1]
         raise UserError(f"{path}:{line}: {type(error).__name__}: {error}; a config file is plain Python") from None
     lines = {n.id: n.lineno for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
     found = {}
@@ -163,8 +165,9 @@ def number(value, kind):
             return int(value)
         except ValueError:
             pass  # not an integer literal; it may still be a whole number such as 1e3
-    result = kind(float(value)) if isinstance(value, str) else kind(value)
-    if not math.isfinite(result) or result != float(value):
+    value = float(value) if isinstance(value, str) else value
+    result = kind(value)
+    if not math.isfinite(result) or result != value:
         raise ValueError(value)
     return result
 
@@ -187,16 +190,15 @@ def help_text(cls, positional=""):
     bare = f"{positional.upper()}..." if positional else "[CONFIG_FILE...]"
     out = [(sys.modules[cls.__module__].__doc__ or "").strip(), ""]
     out += [f"usage: python {Path(sys.argv[0]).name} {bare} [--KEY=VALUE...]"]
-    source, lines = inspect.getsource(cls), inspect.getsource(cls).splitlines()
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type != tokenize.COMMENT:
-            continue
-        comment, before = token.string.lstrip("# "), lines[token.start[0] - 1][: token.start[1]].strip()
-        key = before.partition(":")[0]
+    source = inspect.getsource(cls)
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
+    for number, line in enumerate(source.splitlines(), start=1):
+        key, comment = line.strip().partition(":")[0], comments.get(number, "")
         if key in defaults and key != positional:
             value = defaults[key]
             shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
-            out.append(f"  --{key}={shown}".ljust(38) + f"  {comment}")
-        elif not before:
+            out.append(f"  --{key}={shown}".ljust(38) + f"  {comment}".rstrip())
+        elif line.strip().startswith("#"):
             out += ["", comment]
     return "\n".join(out)

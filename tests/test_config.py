@@ -356,13 +356,22 @@ def test_a_positional_setting_by_its_name_is_a_value_or_a_mistake_and_no_traceba
 # Mistakes with files
 
 
-@pytest.mark.parametrize("wrong", ["config/wikitext.py", "wikitext103", "wikitext103.py"])
-def test_a_missing_file_is_answered_with_the_nearest_one(wrong, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("wrong", "near"),
+    [
+        ("config/wikitext.py", "wikitext103.py"),
+        ("wikitext103", "wikitext103.py"),
+        ("wikitext103.py", "wikitext103.py"),
+        ("config/dmeo.py", "demo.py"),
+        ("config/__init.py", "demo.py"),  # and not the package itself
+    ],
+)
+def test_a_missing_file_is_answered_with_the_nearest_one(wrong, near, tmp_path, monkeypatch):
     (tmp_path / "config").mkdir()
     for name in ("__init__.py", "wikitext103.py", "demo.py"):
         (tmp_path / "config" / name).touch()
     monkeypatch.chdir(tmp_path)
-    assert mistake([wrong]) == f"{wrong}: no such config file; did you mean config/wikitext103.py?"
+    assert mistake([wrong]) == f"{wrong}: no such config file; did you mean config/{near}?"
     assert mistake(["qqqq"]) == "qqqq: no such config file"  # nothing is near
     assert mistake(["config"]).startswith("config: no such config file")  # a folder is not a file
 
@@ -499,8 +508,8 @@ def script(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(tmp_path / "script.py")]
-    return lambda *args: subprocess.Popen(
-        [*command, *args], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    return lambda *args, stdout=subprocess.PIPE: subprocess.Popen(
+        [*command, *args], env=env, stdout=stdout, stderr=subprocess.PIPE, text=True
     )
 
 
@@ -532,11 +541,13 @@ def test_a_bug_keeps_its_traceback(script):
     assert "IndexError" in err
 
 
-def test_a_reader_that_leaves_is_no_mistake(script):
-    """As in `script.py | head -1`."""
-    with script("--lines=100_000") as process:
-        assert process.stdout.readline() == "a line of output\n"
-        process.stdout.close()
+@pytest.mark.parametrize("lines", [1, 100_000])
+def test_a_reader_that_has_left_is_no_mistake(script, lines):
+    """As in `script.py | head -1`, whether the output fits its buffer or not."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with script(f"--lines={lines}", stdout=writer) as process:
+        os.close(writer)
         assert process.stderr.read() == ""
     assert process.returncode == 141
 

@@ -591,6 +591,7 @@ def test_a_nanogpt_folder_with_a_meta_pkl_holds_characters(cwd):
     assert dataset.verify("train")
     assert data.nanogpt_tokenizer("n") == dataset.tokenizer_spec
     assert data.nanogpt_tokenizer("other") == data.nanogpt_tokenizer("") == "gpt2"
+    assert "meta.pkl" in refusal(data.nanogpt_tokenizer, "other", len(stoi))  # too few ids to be GPT-2's
 
 
 def test_a_missing_dataset_is_named_beside_those_there_are(cwd):
