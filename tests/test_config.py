@@ -363,7 +363,7 @@ def test_a_positional_setting_by_its_name_is_a_value_or_a_mistake_and_no_traceba
         ("wikitext103", "wikitext103.py"),
         ("wikitext103.py", "wikitext103.py"),
         ("config/dmeo.py", "demo.py"),
-        ("config/__init.py", "demo.py"),  # and not the package itself
+        ("config/__ini_demo.py", "demo.py"),  # and not the package itself
     ],
 )
 def test_a_missing_file_is_answered_with_the_nearest_one(wrong, near, tmp_path, monkeypatch):
