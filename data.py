@@ -147,8 +147,8 @@ def nanogpt_tokenizer(dataset, vocab_size=Gpt2Tokenizer.vocab_size, root="data")
 def read_pieces(path, begin=0, end=None):
     """Bytes begin..end of a UTF-8 file as (text, is_last) pieces that encode as the whole would.
 
-    A piece ends where white space follows something else: there every pre-tokenizer pattern in use breaks, whatever
-    comes later. Raises DataError with the file and the offset of a byte that is not UTF-8.
+    A piece ends where white space follows something else: there GPT-2's pre-tokenizer breaks, whatever comes later.
+    Raises DataError with the file and the offset of a byte that is not UTF-8.
     """
     end = os.path.getsize(path) if end is None else end
     decoder, text = codecs.getincrementaldecoder("utf-8")(), ""
@@ -264,7 +264,8 @@ def write(name, tok, pieces, total_bytes, counts=None, accept=None, root="data",
     `counts` {split: {...}} replaces what would be counted from the text. The folder appears, or its files are replaced,
     only when everything is on disk and accept(meta), which may raise, has returned.
     """
-    folder, partial = Path(root, name), Path(root, f".{name}.partial")
+    folder = Path(os.path.realpath(Path(root, name)))  # it may be a link to a larger disk
+    partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a preparation that was killed
     partial.mkdir(parents=True)
     try:
@@ -401,7 +402,8 @@ class Dataset:
         return digest.hexdigest()
 
     def text_ids(self, split):
-        """The ids of a split without end-of-texts, in memory: what evaluation scores."""
+        """The ids of a split without end-of-texts, verified and in memory: what evaluation scores."""
+        self.verify(split)
         tokens = self.tokens(split)
         return np.asarray(tokens[tokens != self.eot] if self.eot >= 0 else tokens)
 
@@ -449,9 +451,9 @@ def permute(index, n, key):
 def blocks_per_epoch(n_tokens, block_size):
     """Sequences in an epoch: the same in each, whatever its offset. Raises DataError where there is not one."""
     if n_tokens <= block_size:
+        remedy = f"take block_size={n_tokens - 1} or less, or more text" if n_tokens > 1 else "prepare more text"
         raise DataError(
-            f"the train split has {n_tokens:,} tokens, too few for one block of {block_size:,} and its last target; "
-            f"take block_size={n_tokens - 1} or less, or more text"
+            f"the train split has {n_tokens:,} tokens, too few for a block of {block_size:,} and its last target; {remedy}"
         )
     return max(1, n_tokens // block_size - 1)
 

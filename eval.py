@@ -100,7 +100,6 @@ def main():
         s.stride = 0
     if T == 1 and s.stride:
         raise config.UserError("block_size=1 has no stride")
-    dataset.verify(split)
     ids, counts = dataset.text_ids(split), dataset.splits[split]
     if len(ids) < 2:
         raise config.UserError(f"data/{name} has {len(ids)} tokens in {split}; there is nothing to score")

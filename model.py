@@ -154,8 +154,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         grad_x, grad_w, count = ctx.saved_tensors
-        scale = grad_output / count
-        return grad_x.to(ctx.dtypes[0]) * scale, grad_w.to(ctx.dtypes[1]) * scale, None
+        scale = (grad_output / count).view(1, 1)  # with dimensions it promotes half precision to float32
+        return (grad_x * scale).to(ctx.dtypes[0]), (grad_w * scale).to(ctx.dtypes[1]), None
 
 
 def chunked_nll(x, weight, targets):
@@ -385,8 +385,8 @@ def huggingface_config(hf):
     for key, value in as_published.items():
         if hf.get(key, value) != value:
             raise ValueError(f"{key} is {hf[key]!r}, GPT-2 has {value!r}")
-    sizes = {k: hf[k] for k in ("vocab_size", "n_layer", "n_head", "n_embd")}
-    return GPTConfig(block_size=hf["n_positions"], n_inner=hf.get("n_inner") or 0, **sizes)
+    sizes = {k: hf.get(k, "missing") for k in ("vocab_size", "n_layer", "n_head", "n_embd")}
+    return GPTConfig(block_size=hf.get("n_positions", "missing"), n_inner=hf.get("n_inner") or 0, **sizes)
 
 
 def draw(logits, temperature, top_k, top_p, generator=None):

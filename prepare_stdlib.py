@@ -10,7 +10,8 @@ from pathlib import Path
 import config
 import data
 
-SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+# Tests, what is installed beside the library, and modules that are tables and not code.
+SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data", "__pycache__"}
 
 
 @dataclass
@@ -19,7 +20,7 @@ class Settings:
 
 
 def modules():
-    """The paths of the library's modules, without tests and installed packages, in alphabetical order."""
+    """The paths of the library's modules, without those in SKIPPED folders, in alphabetical order."""
     root = Path(sysconfig.get_paths()["stdlib"])
     return sorted(p for p in root.rglob("*.py") if not SKIPPED & set(p.relative_to(root).parts) and p.stat().st_size)
 

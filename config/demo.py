@@ -1,16 +1,22 @@
-# demo
+# The demo: a model of 0.8 M parameters learns to write Python from the standard library's own source, byte by byte.
+#     python train.py config/demo.py
+# A step is 16 x 128 = 2,048 bytes. 1,500 steps are 3.1 M of the 11.6 M bytes that there are: minutes on two CPU cores.
 out_dir = "out/demo"
 dataset = "stdlib"
-batch_size = 16
-block_size = 256
-gradient_accumulation_steps = 1
+
 n_layer = 4
 n_head = 4
-n_embd = 192
-learning_rate = 3e-3
-min_lr = 3e-4
-warmup_iters = 50
-max_iters = 600
-eval_interval = 100
-eval_iters = 20
-log_interval = 10
+n_embd = 128
+block_size = 128
+batch_size = 16
+gradient_accumulation_steps = 1
+
+# Small models take high rates, few tokens a quick cool-down to almost nothing.
+learning_rate = 5e-3
+min_lr = 1e-4
+warmup_iters = 100
+max_iters = 1500
+
+eval_interval = 250
+eval_iters = 20  # 41 k bytes of the validation split
+log_interval = 50

@@ -191,11 +191,13 @@ def test_a_character_cut_off_at_the_end_is_shown_as_such(text):
     assert text("--start=x", "--max_new_tokens=3") == "xa\ufffd\n"
 
 
+@pytest.mark.parametrize("kind", [data.BytesTokenizer, data.Gpt2Tokenizer])
 @pytest.mark.parametrize("samples", [1, 2])
-def test_a_sample_stops_at_end_of_text_and_does_not_print_it(text, samples):
-    save_run(parrot([*b"hi", EOT, *b" never"]))
-    shown = text("--max_new_tokens=8", f"--num_samples={samples}")
-    assert shown == ("hi\n" if samples == 1 else f"hi\n{RULE}" * 2)
+def test_a_sample_stops_at_end_of_text_and_does_not_print_it(text, samples, kind):
+    says = [*kind().encode("hi there").tolist(), kind.eot, *kind().encode(" never").tolist()]
+    save_run(parrot(says, vocab_size=kind.vocab_size), tokenizer=kind.spec)
+    shown = text(f"--max_new_tokens={len(says)}", f"--num_samples={samples}")
+    assert shown == ("hi there\n" if samples == 1 else f"hi there\n{RULE}" * 2)
 
 
 def test_a_model_that_always_ends_writes_nothing(text):
