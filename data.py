@@ -453,7 +453,7 @@ def blocks_per_epoch(n_tokens, block_size):
     if n_tokens <= block_size:
         remedy = f"take block_size={n_tokens - 1} or less, or more text" if n_tokens > 1 else "prepare more text"
         raise DataError(
-            f"the train split has {n_tokens:,} tokens, too few for a block of {block_size:,} and its last target; {remedy}"
+            f"the train split has {n_tokens:,} tokens, fewer than a block of {block_size:,} and a target; {remedy}"
         )
     return max(1, n_tokens // block_size - 1)
 

@@ -12,7 +12,33 @@ import config
 import data
 import runtime
 
-WORDS = "the a of to and in that it was he his with as had for you not be her at on by which she all".split()
+WORDS = [
+    "the",
+    "a",
+    "of",
+    "to",
+    "and",
+    "in",
+    "that",
+    "it",
+    "was",
+    "he",
+    "his",
+    "with",
+    "as",
+    "had",
+    "for",
+    "you",
+    "not",
+    "be",
+    "her",
+    "at",
+    "on",
+    "by",
+    "which",
+    "she",
+    "all",
+]
 
 
 def text(documents, seed=0, words=60):
@@ -57,11 +83,24 @@ def script(monkeypatch, capsys):
     torch.set_num_threads(threads)
 
 
-TINY = (
-    "--dataset=tiny --block_size=16 --batch_size=4 --gradient_accumulation_steps=2 --n_layer=2 --n_head=2 --n_embd=16 "
-    "--dropout=0.2 --learning_rate=1e-2 --min_lr=1e-3 --warmup_iters=2 --max_iters=12 --eval_interval=4 --log_interval=1 "
-    "--device=cpu --compile=False"
-).split()
+TINY = [
+    "--dataset=tiny",
+    "--block_size=16",
+    "--batch_size=4",
+    "--gradient_accumulation_steps=2",
+    "--n_layer=2",
+    "--n_head=2",
+    "--n_embd=16",
+    "--dropout=0.2",
+    "--learning_rate=1e-2",
+    "--min_lr=1e-3",
+    "--warmup_iters=2",
+    "--max_iters=12",
+    "--eval_interval=4",
+    "--log_interval=1",
+    "--device=cpu",
+    "--compile=False",
+]
 
 
 @pytest.fixture

@@ -140,7 +140,9 @@ def test_nanogpt_s_checkpoints_open(tmp_path, model, prefix):
     state = {prefix + k: v for k, v in model.state_dict().items()}
     state |= {f"{prefix}transformer.h.{i}.attn.bias": torch.ones(1, 1, 8, 8) for i in range(2)}
     args = SHAPE | {"dropout": 0.0, "bias": True}
-    torch.save({"model": state, "model_args": args, "iter_num": 7, "best_val_loss": torch.tensor(2.5)}, tmp_path / "c.pt")
+    torch.save(
+        {"model": state, "model_args": args, "iter_num": 7, "best_val_loss": torch.tensor(2.5)}, tmp_path / "c.pt"
+    )
     opened = checkpoint.open_model(tmp_path / "c.pt")
     assert same(opened.model, model) and opened.iter_num == 7 and opened.val_loss == 2.5 and opened.tokenizer == ""
 

@@ -305,11 +305,19 @@ def test_the_memory_needed_is_not_the_texts(folder):
 # Mistakes
 
 
-@pytest.mark.parametrize(("name", "before"), [("a.txt", 4), ("b.txt", 1 << 20), ("b.txt", (1 << 21) + 77)])
+@pytest.mark.parametrize(
+    ("name", "before"),
+    [
+        ("a.txt", b"word"),
+        ("b.txt", b"x" * (1 << 20)),
+        ("b.txt", b"x" * ((1 << 21) + 77)),
+        ("b.txt", b"x" * ((1 << 20) - 1) + "über".encode()),  # whose first character is read in two parts
+    ],
+)
 def test_bytes_that_are_not_utf8_are_named_by_file_and_offset_and_leave_no_dataset(mistake, name, before):
-    write({"a.txt": "fine\n" * 9, "b.txt": "fine\n", "c.txt": "fine\n", name: b"x" * before + b"\xe9\n" + b"x" * 99})
+    write({"a.txt": "fine\n" * 9, "b.txt": "fine\n", "c.txt": "fine\n", name: before + b"\xe9\n" + b"x" * 99})
     said = mistake("a.txt", "b.txt", "c.txt")
-    assert said.startswith(f"prepare_text.py: {name}: byte {before:,} is not UTF-8")
+    assert said.startswith(f"prepare_text.py: {name}: byte {len(before):,} is not UTF-8")
     assert data.names() == []
     assert not Path("data/mine").exists()
 

@@ -197,7 +197,8 @@ def test_what_alters_training_is_printed_and_takes_effect(train):
 
 
 @pytest.mark.parametrize(
-    "change", ["--n_layer=1", "--n_embd=32", "--seed=1", "--block_size=8", "--batch_size=2", "--bias=False", "--n_inner=8"]
+    "change",
+    ["--n_layer=1", "--n_embd=32", "--seed=1", "--block_size=8", "--batch_size=2", "--bias=False", "--n_inner=8"],
 )
 def test_what_must_agree_is_refused_and_nothing_is_lost(train, change):
     train("--out_dir=out/a", "--max_iters=4")
@@ -278,7 +279,9 @@ def test_epochs(train):
     steps = math.ceil(0.5 * blocks / 64)
     assert [r["step"] for r in rows("out/a")] == list(range(1, steps + 1))
     assert rows("out/a")[-1]["epoch"] == pytest.approx(steps * 64 / blocks) and steps * 64 >= 0.5 * blocks
-    train("--out_dir=out/b", "--max_epochs=2", "--save_epochs=1", "--eval_interval=0", "--gradient_accumulation_steps=32")
+    train(
+        "--out_dir=out/b", "--max_epochs=2", "--save_epochs=1", "--eval_interval=0", "--gradient_accumulation_steps=32"
+    )
     ends = [checkpoint.load(f"out/b/ckpt_epoch_{e}.pt")["sequence_index"] for e in (1, 2)]
     assert all(e * blocks <= end < e * blocks + 128 for e, end in zip((1, 2), ends, strict=True))
 
@@ -314,7 +317,9 @@ def test_compile_that_fails_goes_on_eager(train, monkeypatch):
     assert status == 0 and "going on without it" in out and rows("out/a")[-1]["step"] == 12
 
 
-@pytest.mark.parametrize(("batch", "advice"), [(6, "--batch_size=3 --gradient_accumulation_steps=4"), (1, "smaller model")])
+@pytest.mark.parametrize(
+    ("batch", "advice"), [(6, "--batch_size=3 --gradient_accumulation_steps=4"), (1, "smaller model")]
+)
 def test_out_of_memory_says_which_batch_trains_the_same(train, monkeypatch, batch, advice):
     def full(*args):
         raise torch.OutOfMemoryError("CUDA out of memory")
