@@ -60,7 +60,7 @@ def corpus(tmp_path, monkeypatch):
 
 @pytest.fixture
 def script(monkeypatch, capsys):
-    """script("train", "--key=value", ...) runs train.py's main() here: (exit status, standard output, standard error)."""
+    """script("train", "--key=value", ...) runs train.py's main() here: (exit status, stdout, stderr)."""
     handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # tiny matrices
