@@ -15,6 +15,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import time
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -182,7 +183,8 @@ def cut_before_space(text):
         cut = text.rfind("\n", 0, cut)
     if cut > 0:
         return cut
-    return next((i for i in range(len(text) - 1, 0, -1) if text[i].isspace() and not text[i - 1].isspace()), 0)
+    first = max(0, len(text) - PIECE - 1)  # what stands before was searched with the piece before
+    return next((i for i in range(len(text) - 1, first, -1) if text[i].isspace() and not text[i - 1].isspace()), 0)
 
 
 ASCII_SPACE = np.array([chr(i).isspace() and i < 128 for i in range(256)])
@@ -221,10 +223,15 @@ def encode_into(folder, name, tok, pieces, total_bytes, threads):
     from tqdm import tqdm
 
     dtype = np.dtype("<u2") if tok.vocab_size <= 1 << 16 else np.dtype("<u4")
-    files, hashes, totals, queue = {}, {}, {}, deque()
+    files, hashes, totals, queue, began = {}, {}, {}, deque(), time.perf_counter()
     with contextlib.ExitStack() as stack:
-        bar = stack.enter_context(tqdm(total=total_bytes, unit="B", unit_scale=True, desc=name, mininterval=0.5))
+        # None: no bar in a log file, where the line at the end tells as much
+        bar = stack.enter_context(tqdm(total=total_bytes, unit="B", unit_scale=True, desc=name, disable=None))
         pool = stack.enter_context(ThreadPoolExecutor(threads))
+
+        def rate():
+            done = sum(c["tokens"] for c in totals.values())
+            return f"{done / (time.perf_counter() - began):,.0f} tokens/s"
 
         def take():
             for split, (ids, counted) in queue.popleft().result().items():
@@ -235,8 +242,7 @@ def encode_into(folder, name, tok, pieces, total_bytes, threads):
                 hashes[split].update(ids.data)
                 totals[split].update(counted)
                 bar.update(counted["bytes"])
-            done = sum(c["tokens"] for c in totals.values())
-            bar.set_postfix_str(f"{done / max(bar.format_dict['elapsed'], 1e-9):,.0f} tokens/s", refresh=False)
+            bar.set_postfix_str(rate(), refresh=False)
 
         group, size, begins = [], 0, True
         for split, text, is_last in pieces:
@@ -254,6 +260,7 @@ def encode_into(folder, name, tok, pieces, total_bytes, threads):
         for f in files.values():
             f.flush()
             os.fsync(f.fileno())
+    print(f"encoded in {time.perf_counter() - began:.1f} s, {rate()}")
     found = [split for split in SPLITS if split in totals]
     return dtype, {s: {k: totals[s][k] for k in COUNTS} | {"sha256": hashes[s].hexdigest()} for s in found}
 

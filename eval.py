@@ -98,8 +98,6 @@ def main():
         raise config.UserError(f"stride={s.stride} is more than block_size={T} and would leave out tokens; take less")
     if 0 < s.stride == T:
         s.stride = 0
-    if T == 1 and s.stride:
-        raise config.UserError("block_size=1 has no stride")
     ids, counts = dataset.text_ids(split), dataset.splits[split]
     if len(ids) < 2:
         raise config.UserError(f"data/{name} has {len(ids)} tokens in {split}; there is nothing to score")
