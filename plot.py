@@ -24,7 +24,7 @@ def read_metrics(run):
     path = Path(run, "metrics.jsonl") if Path(run).is_dir() else Path(run)
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        curves = {key: [(r["tokens"], r[key]) for r in rows if key in r] for key in ("loss", "val_loss")}
+        curves = {key: [(r["tokens"], r[key]) for r in rows if r.get(key) is not None] for key in ("loss", "val_loss")}
     except OSError as error:
         raise config.UserError(f"{path}: {error.strerror}; name the folder of a run") from None
     except (ValueError, KeyError, TypeError) as error:

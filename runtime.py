@@ -8,6 +8,9 @@ from datetime import timedelta
 
 import torch
 
+PREPARING = timedelta(days=1)  # how long processes wait for one that prepares its data
+GROUP_TIMEOUT = timedelta(minutes=10)  # and for one in the middle of training
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # Dense 16-bit tensor-core peak in FLOP/s, by a part of the device's name, the more specific first (NVIDIA data sheets).
@@ -168,9 +171,16 @@ def is_out_of_memory(error):
 
 def start_processes(rt, backend):
     """Join the process group that torchrun describes in the environment. A process that dies ends the others."""
-    if rt.world_size > 1:
-        backend = backend if rt.device.type == "cuda" else "gloo"
-        torch.distributed.init_process_group(backend, timeout=timedelta(minutes=10))
+    if rt.world_size == 1:
+        return
+    store, rank, world_size = next(torch.distributed.rendezvous("env://", timeout=PREPARING))
+    # One machine may still prepare its data when another has it: they wait for each other here, patiently.
+    if store.add("prepared", 1) == world_size:
+        store.set("all prepared", "")
+    store.wait(["all prepared"], PREPARING)
+    group = torch.distributed.PrefixStore("group", store)
+    backend = backend if rt.device.type == "cuda" else "gloo"
+    torch.distributed.init_process_group(backend, timeout=GROUP_TIMEOUT, world_size=world_size, rank=rank, store=group)
 
 
 def wrap(model, rt):
@@ -181,8 +191,8 @@ def wrap(model, rt):
     return torch.nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
 
 
-def leave_processes(rt):
-    if rt.world_size > 1:
+def leave_processes():
+    if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 

@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import os
+import signal
 import sys
 import time
 from collections import deque
@@ -86,6 +87,8 @@ class Settings:
 # Whatever else differs at a resume is printed and takes effect.
 MUST_AGREE = ("block_size", "n_layer", "n_head", "n_embd", "n_inner", "bias", "seed")
 MAY_DIFFER_UNSAID = ("out_dir", "init_from", "resume_from", "overwrite", "eval_only")
+# What a run writes into out_dir, and what a new one removes there.
+RUN_FILES = ("ckpt.pt", "best.pt", "final.pt", "ckpt_iter_*.pt", "ckpt_epoch_*.pt", "metrics.jsonl")
 # A run of so many steps with a non-finite loss or gradient is not going to recover.
 MAX_SKIPPED_IN_A_ROW = 5
 
@@ -169,7 +172,7 @@ def run_to_resume(s):
 
 
 def check_agreement(ckpt, path, s, data_sha256):
-    """Raise UserError where a checkpoint cannot be gone on with under these settings; print what else differs."""
+    """Raise UserError where a checkpoint cannot be gone on with under these settings. Returns what else differs."""
     if "format" not in ckpt:
         raise config.UserError(
             f"{path} is nanoGPT's, which does not say where in the data it was; start a new run from its weights: "
@@ -252,7 +255,8 @@ def main():
     s = config.load(Settings)
     check(s)
     try:
-        train(s)
+        status = train(s)
+        runtime.leave_processes()
     except Exception as error:
         if not runtime.is_out_of_memory(error):
             raise
@@ -262,9 +266,11 @@ def main():
         if less:
             advice = f"--batch_size={less} --gradient_accumulation_steps={steps * b // less} trains the same in less"
         raise config.UserError(f"out of memory with batch_size={b}; {advice}") from None
+    sys.exit(status)
 
 
 def train(s):
+    """The whole run. Returns the exit status: 0, or 128 and the number of the signal that stopped it."""
     # ---- data, before the processes form a group: the first of a machine may prepare for an hour ----
     data.ensure(s.dataset)
     dataset = data.Dataset(s.dataset)
@@ -309,7 +315,7 @@ def train(s):
         say(f"resuming {resume_path} at step {step:,}" + "".join(f"; {change}" for change in changes))
         if step >= max_iters and not s.eval_only:
             say(f"{s.out_dir} has finished its {max_iters:,} steps; raise max_iters, or start anew by --overwrite=True")
-            return
+            return 0
     elif s.init_from in ("scratch", "resume"):
         shape = {k: getattr(s, k) for k in ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias", "n_inner")}
         model = GPT(GPTConfig(vocab_size=dataset.vocab_size, **shape))
@@ -348,16 +354,17 @@ def train(s):
 
     if s.eval_only:
         say(f"step {step:,} | val loss {evaluate(model, val_ids, s, rt):.4f}")
-        return
+        return 0
 
     # ---- the folder of the run ----
     out, metrics, wandb = Path(s.out_dir), None, None
     if master:
         out.mkdir(parents=True, exist_ok=True)
         if not resume_path:
-            for old in [*out.glob("*.pt"), out / "metrics.jsonl"]:
-                old.unlink(missing_ok=True)
-        for stray in out.glob("*.partial"):  # of a write that was killed
+            for name in RUN_FILES:
+                for old in out.glob(name):
+                    old.unlink()
+        for stray in [p for name in RUN_FILES for p in out.glob(f"{name}.partial")]:  # of a write that was killed
             stray.unlink()
         keep_rows_before(out / "metrics.jsonl", step)
         metrics = open(out / "metrics.jsonl", "a", encoding="utf-8")
@@ -423,7 +430,9 @@ def train(s):
         if step and not just_resumed and (links or evaluates and (better or s.always_save_checkpoint)):
             saved_at = step if save("ckpt.pt", *links) else saved_at
         if master and row and not (stopping and saved_at != step):
-            metrics.write(json.dumps(row) + "\n")
+            # JSON has no NaN and no infinity: null says that a figure was not finite.
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+            metrics.write(json.dumps(finite) + "\n")
             metrics.flush()
             wandb.log(row)
         if step == max_iters or stopping:
@@ -484,15 +493,14 @@ def train(s):
 
     if saved_at != step and not save("ckpt.pt"):
         raise config.UserError(f"the last steps are not saved: make room in {out}, and the same command goes on")
-    if stopping and step < max_iters:
+    interrupted = stopping and step < max_iters
+    if interrupted:
         say(f"stopped by a signal after step {step:,}; the same command goes on from {out / 'ckpt.pt'}")
     elif save("final.pt"):
         say(f"finished {max_iters:,} steps; python sample.py --out_dir={s.out_dir}")
     if master:
         wandb.finish()
-    runtime.leave_processes(rt)
-    if stopping and step < max_iters:
-        sys.exit(128 + (stop.number or 15))
+    return 128 + (stop.number or signal.SIGTERM) if interrupted else 0
 
 
 if __name__ == "__main__":

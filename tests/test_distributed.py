@@ -67,3 +67,20 @@ def test_a_number_of_processes_that_does_not_divide_the_batch_is_refused(train, 
     monkeypatch.setenv("WORLD_SIZE", "3")
     status, _, err = train("--out_dir=out/a")
     assert status == 2 and "--gradient_accumulation_steps=3" in err and len(err.splitlines()) == 1
+
+
+def test_a_process_that_prepares_for_longer_than_the_group_s_patience_times_no_other_out(tmp_path):
+    (tmp_path / "slow.py").write_text(
+        "import os, time, torch, runtime\n"
+        "from datetime import timedelta\n"
+        "runtime.GROUP_TIMEOUT = timedelta(seconds=2)\n"
+        "time.sleep(6 if os.environ['RANK'] == '1' else 0)\n"
+        "rt = runtime.choose('cpu')\n"
+        "runtime.start_processes(rt, 'gloo')\n"
+        "print('sum', int(rt.sum(torch.tensor(rt.rank + 1))))\n"
+        "runtime.leave_processes()\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "slow.py"]
+    env = ENV | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.count("sum 3") == 2, done.stderr
