@@ -30,15 +30,15 @@ class Settings:
     out_dir: str = ""  # the run to evaluate; '' is the newest under out/
     init_from: str = ""  # instead of a run: a checkpoint, gpt2*, a Hugging Face folder
     dataset: str = ""  # '' is the one that the model was trained on
-    split: Literal["", "train", "val", "test"] = ""  # '' is test where there is one, else val
+    split: Literal["", "train", "val", "test"] = ""  # train, val, test; '' is test where there is one, else val
     block_size: int = 0  # tokens in a window; 0 is the model's own
     stride: int = 0  # tokens from a window to the next; 0 is block_size
     batch_size: int = 8  # windows at once
     json: str = ""  # where the figures are written; '' is eval_SPLIT.json beside the checkpoint
     # machine
     device: str = "auto"  # auto, cuda, cuda:1, mps, cpu
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the matrix products
-    compile: Literal["auto", True, False] = False  # torch.compile; pays for large splits only
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto, float32, bfloat16, float16
+    compile: Literal["auto", True, False] = False  # auto, True, False: torch.compile; pays for large splits only
 
 
 def stream(model, ids, block_size, stride, batch_size, rt):

@@ -33,10 +33,10 @@ class Settings:
     temperature: float = 0.8  # below 1 more likely text; 0 always takes the likeliest token
     top_k: int = 200  # draw among so many of the likeliest tokens; 0 is all
     top_p: float = 1.0  # draw among the likeliest that together have this probability
-    seed: int = 1337
+    seed: int = 1337  # the same seed draws the same text
     # machine
     device: str = "auto"  # auto, cuda, cuda:1, mps, cpu
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the matrix products
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto, float32, bfloat16, float16
 
 
 def read_prompt(start):

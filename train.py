@@ -72,15 +72,15 @@ class Settings:
     save_epochs: int = 0  # epochs between ckpt_epoch_N.pt, which are kept; 0 is off
     # machine
     device: str = "auto"  # auto, cuda, cuda:1, mps, cpu
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the matrix products
-    compile: Literal["auto", True, False] = "auto"  # torch.compile
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto, float32, bfloat16, float16
+    compile: Literal["auto", True, False] = "auto"  # auto, True, False: torch.compile
     backend: str = "nccl"  # of several processes on GPUs; on a CPU it is gloo
     # Weights & Biases; metrics.jsonl is written all the same
     wandb_log: bool = False  # log there too
-    wandb_project: str = "gpt2"
+    wandb_project: str = "gpt2"  # the project there
     wandb_entity: str = ""  # the team or user; '' is your default one
     wandb_run_name: str = ""  # '' lets W&B make one up
-    wandb_tags: tuple[str, ...] = ()
+    wandb_tags: tuple[str, ...] = ()  # a,b
     wandb_log_checkpoints: bool = False  # each ckpt.pt and best.pt as an artifact
 
 
