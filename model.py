@@ -129,18 +129,17 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         grad_w = torch.zeros_like(w, dtype=torch.float32)
         total = torch.zeros((), dtype=torch.float32, device=x.device)
         scored = targets >= 0
-        for rows in torch.arange(len(h), device="cpu").split(chunk_rows(V, x.device)):
-            part = slice(int(rows[0]), int(rows[-1]) + 1)
+        rows = chunk_rows(V, x.device)
+        for part in (slice(i, i + rows) for i in range(0, len(h), rows)):
             logits = h[part] @ w.T  # (n, V) and the padding
             logprobs = torch.log_softmax(logits[:, :V], dim=1, dtype=torch.float32)
             index, counts = targets[part].clamp(min=0)[:, None], scored[part, None]
             total -= (logprobs.gather(1, index) * counts).sum()
             # d(sum of losses)/d(logits) = softmax - one-hot, zero where the target does not count
             delta = logprobs.exp_().scatter_add_(1, index, torch.full_like(index, -1, dtype=torch.float32))
+            delta = delta.mul_(counts).to(dtype)
             if w.size(0) > V:
-                delta = F.pad(delta.mul_(counts).to(dtype), (0, w.size(0) - V))
-            else:
-                delta = delta.mul_(counts).to(dtype)
+                delta = F.pad(delta, (0, w.size(0) - V))
             torch.mm(delta, w, out=grad_x[part])
             if dtype == torch.float32:
                 grad_w.addmm_(delta.T, h[part])
