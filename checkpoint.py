@@ -71,13 +71,13 @@ def load(path):
         # torch.load does not look at the archive's checksums.
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    except (zipfile.BadZipFile, EOFError, OSError, ValueError, NotImplementedError) as error:
+    except Exception as error:  # whatever zipfile meets in damaged bytes
         damaged = str(error) or type(error).__name__
     if damaged:
-        others = ", ".join(p.name for p in sorted(path.parent.glob("*.pt")) if p != path) or "none"
+        others = ", ".join(p.name for p in sorted(path.parent.glob("ckpt*.pt")) if p != path) or "none"
         raise CheckpointError(
-            f"{path} is damaged ({damaged}); go back to another by --resume_from=PATH or --init_from=PATH "
-            f"(beside it: {others}), or remove it to start anew"
+            f"{path} is damaged ({damaged}); go back to another by --resume_from=PATH (beside it: {others}), or start "
+            "anew by --overwrite=True"
         )
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -161,7 +161,11 @@ def open_model(source):
         model, run = build(checkpoint, path), checkpoint.get("config", {})
         numbers = checkpoint.get("iter_num", 0), float(checkpoint.get("best_val_loss", "nan"))
         return Opened(model, str(path), path, checkpoint.get("tokenizer", ""), run.get("dataset", ""), *numbers)
-    if not path.is_dir() and str(source) not in GPT2_NAMES and (path.suffix or str(source).count("/") != 1):
+    if (
+        not path.is_dir()
+        and str(source) not in GPT2_NAMES
+        and (path.suffix or str(source).count("/") != 1 or path.parent.is_dir())
+    ):
         raise CheckpointError(
             f"{str(source)!r} is no checkpoint, folder, {', '.join(GPT2_NAMES)} or OWNER/NAME on the hub"
         )

@@ -330,7 +330,7 @@ def lock(name, root="data"):
 def ensure(name, root="data"):
     """Run prepare_NAME.py where data/NAME does not exist. Raises DataError where there is no such script."""
     script = Path(__file__).parent / f"prepare_{name}.py"
-    if name in names(root) or not script.exists():
+    if name in names(root) or name == "text" or not script.exists():  # prepare_text.py is for files of the user's
         return
     with lock(f"{name}.train", root):
         if name not in names(root):
@@ -363,7 +363,7 @@ class Dataset:
                 counts = [c[k] for c in self.splits.values() for k in COUNTS]
                 if self.dtype.kind != "u" or not all(c is None or c >= 0 for c in counts):
                     raise ValueError("impossible values")
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
                 raise DataError(
                     f"{meta_path} is not readable as a dataset's meta.json ({type(error).__name__}: {error}); "
                     "prepare the data again"

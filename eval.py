@@ -45,13 +45,13 @@ def stream(model, ids, block_size, stride, batch_size, rt):
     """(sum of -ln p in nats, tokens scored) of the `stream` protocol over ids (n,). The sum is taken in float64."""
     windows, total, scored = data.stream_windows(len(ids), block_size, stride), 0.0, 0
     if rt.compile:
-        runtime.compile_blocks(model, rt, batch_size)
+        runtime.compile_blocks(model, rt, batch_size, block_size)
     for i in tqdm(range(0, len(windows), batch_size), unit="batch", leave=False, disable=not sys.stderr.isatty()):
         part = windows[i : i + batch_size]
         part += [(0, 1, 1)] * (batch_size - len(part) if rt.compile else 0)  # one shape, compiled once
         with rt.autocast():
             nll = model.nll(*rt.to_device(*data.window_batch(ids, part, block_size)))
-        total, scored = total + nll.double().sum().item(), scored + len(nll)
+        total, scored = total + nll.cpu().double().sum().item(), scored + len(nll)
     assert scored == len(ids) - 1, f"{scored} tokens scored of {len(ids) - 1}"
     return total, scored
 
@@ -105,7 +105,12 @@ def main():
     size = f"{model.num_params() / 1e6:.1f} M parameters"
     print(f"{opened.name}: {size}, step {opened.iter_num:,}; {rt.why}", file=sys.stderr)
     began = time.perf_counter()
-    nll, scored = stream(model, ids, T, s.stride, s.batch_size, rt)
+    try:
+        nll, scored = stream(model, ids, T, s.stride, s.batch_size, rt)
+    except Exception as error:
+        if not runtime.is_out_of_memory(error):
+            raise
+        raise config.UserError(f"out of memory with batch_size={s.batch_size}; take a smaller --batch_size") from None
     seconds = time.perf_counter() - began
     if not math.isfinite(nll):
         raise config.UserError(f"{opened.name} gives no finite loss on this text; its weights have diverged")

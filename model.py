@@ -390,7 +390,7 @@ def huggingface_config(hf):
 
 def draw(logits, temperature, top_k, top_p, generator=None):
     """Ids (B,) drawn from logits (B, V); see GPT.generate."""
-    if temperature == 0:
+    if temperature < 1e-6:  # below that no other id has a probability in float32
         return logits.argmax(dim=-1)
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # no temperature can overflow the largest, 0
     if 0 < top_k < logits.size(-1):

@@ -23,11 +23,12 @@ def read_metrics(run):
     """The rows of a run's metrics.jsonl; `run` is its folder or the file. Raises UserError where there are none."""
     path = Path(run, "metrics.jsonl") if Path(run).is_dir() else Path(run)
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        rows = [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may cut the last one short
         curves = {key: [(r["tokens"], r[key]) for r in rows if r.get(key) is not None] for key in ("loss", "val_loss")}
     except OSError as error:
         raise config.UserError(f"{path}: {error.strerror}; name the folder of a run") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise config.UserError(f"{path} is not the metrics of a run ({error})") from None
     if not any(curves.values()):
         raise config.UserError(f"{path} has no rows yet")

@@ -47,4 +47,4 @@ def main():
 
 
 if __name__ == "__main__":
-    config.run(main, data.DataError)
+    config.run(main, data.DataError, OSError)

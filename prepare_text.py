@@ -56,13 +56,19 @@ def hidden(path, folder):
     return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
+def mapped(path):
+    """A file's bytes, read where they are looked at."""
+    with open(path, "rb") as f:
+        return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+
+
 def document_spans(path, separator):
     """Where the documents of a file begin and end, in bytes: int64 (n, 2). Empty ones are left out."""
     size = path.stat().st_size
     if not separator:
         return np.array([[0, size]])
     spans, begin, mark = [], 0, separator.encode()
-    with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as text:
+    with mapped(path) as text:
         while begin < size:
             found = text.find(mark, begin)
             end = found if found >= 0 else size
@@ -81,7 +87,7 @@ def document_spans(path, separator):
 def last_lines(path, span, fraction):
     """Cut a single document's span in two at a line's end, so that the second part has about `fraction` of it."""
     begin, end = span
-    with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as text:
+    with mapped(path) as text:
         near = end - int((end - begin) * fraction)
         ends = {text.rfind(b"\n", begin, min(near, end - 1)) + 1, text.find(b"\n", near, end - 1) + 1} - {0}
     if not ends:
@@ -117,6 +123,8 @@ def main():
             raise config.UserError(f"data/{s.dataset} is there already; --overwrite=True replaces it")
         files = find_files(s.path)
         spans = [document_spans(path, s.separator) for path in files]
+        if s.separator and all(mapped(path).find(s.separator.encode()) < 0 for path in files):
+            raise config.UserError(f"--separator={s.separator!r} stands in none of these files; check its spelling")
         if sum(map(len, spans)) == 1 and s.val_fraction:
             i = next(i for i, found in enumerate(spans) if len(found))
             spans[i] = last_lines(files[i], spans[i][0], s.val_fraction)

@@ -1,7 +1,9 @@
 """Device, precision, compilation and processes: what is left on `auto` is chosen here, and the reason is said."""
 
 import os
+import re
 import signal
+import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -56,7 +58,7 @@ class Runtime:
 
     def to_device(self, *arrays):
         """int64 numpy arrays as tensors on the device; the copy to a GPU overlaps with what it computes."""
-        tensors = [torch.from_numpy(a) for a in arrays]
+        tensors = [torch.from_numpy(a).contiguous() for a in arrays]  # a strided copy would not be asynchronous
         if self.device.type != "cuda":
             return [t.to(self.device) for t in tensors]
         return [t.pin_memory().to(self.device, non_blocking=True) for t in tensors]
@@ -66,7 +68,15 @@ class Runtime:
         if self.device.type != "cuda" or self.dtype == torch.float32:
             return 0
         name = torch.cuda.get_device_name(self.device)
-        return next((peak for part, peak in PEAK_FLOPS.items() if part in name), 0)
+        return next((peak for part, peak in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)), 0)
+
+    def same(self, value):
+        """Whether all processes hold the same value, a plain one."""
+        if self.world_size == 1:
+            return True
+        values = [None] * self.world_size
+        torch.distributed.all_gather_object(values, value)
+        return all(v == value for v in values)
 
     def sum(self, tensor):
         """The tensor, summed in place over all processes."""
@@ -138,18 +148,18 @@ def auto_compile(device):
     return False, f"compile does not pay on {device.type}"
 
 
-def compile_blocks(model, rt, batch_size):
-    """Compile the model's blocks and try one forward and backward; where that fails, say so and stay eager.
+def compile_blocks(model, rt, batch_size, block_size):
+    """Compile the model's blocks and try one on the shape to come; where that fails, say so and stay eager.
 
     One block is enough to find out, and the others share its compiled graph.
     """
-    block, c = model.transformer.h[0], model.config
-    h = torch.zeros(batch_size, c.block_size, c.n_embd, device=rt.device, requires_grad=True)
-    training = model.training
+    block, training = model.transformer.h[0], model.training
+    h = torch.zeros(batch_size, block_size, model.config.n_embd, device=rt.device)
     model.compile_blocks()
     try:
         with rt.autocast():
-            block.train()(h).sum().backward()
+            if training:
+                block(h.requires_grad_()).sum().backward()
             with torch.no_grad():
                 block.eval()(h.detach())
     except Exception as error:
@@ -166,7 +176,9 @@ def compile_blocks(model, rt, batch_size):
 
 def is_out_of_memory(error):
     text = str(error)
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
+        says in text for says in ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+    )
 
 
 def start_processes(rt, backend):
@@ -197,14 +209,19 @@ def leave_processes():
 
 
 class StopSignal:
-    """SIGTERM or Ctrl-C asks to stop after the step in hand: .number is then its number. A second one stops at once."""
+    """SIGTERM or Ctrl-C asks to stop after the step in hand: .number is then its number. A second one stops at once.
+
+    Within a second it is the same request: a terminal or a scheduler tells the processes, and so does torchrun.
+    """
 
     def __init__(self):
-        self.number = 0
+        self.number, self.at = 0, 0.0
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.receive)
 
     def receive(self, number, frame):
-        self.number = number
-        for each in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(each, signal.SIG_DFL)
+        if not self.number:
+            self.number, self.at = number, time.monotonic()
+        elif time.monotonic() - self.at > 1:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)

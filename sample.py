@@ -105,5 +105,14 @@ def main():
     print(f"{drawn_in_all:,} tokens, {drawn_in_all / seconds:,.1f} tokens/s", file=sys.stderr)
 
 
+def main_within_memory():
+    try:
+        main()
+    except Exception as error:
+        if not runtime.is_out_of_memory(error):
+            raise
+        raise config.UserError("out of memory; take a smaller --num_samples") from None
+
+
 if __name__ == "__main__":
-    config.run(main, checkpoint.CheckpointError, data.DataError, runtime.RuntimeChoiceError)
+    config.run(main_within_memory, checkpoint.CheckpointError, data.DataError, runtime.RuntimeChoiceError)

@@ -7,6 +7,7 @@
 Later wins: the defaults below, then config files, then --KEY=VALUE.
 """
 
+import contextlib
 import itertools
 import json
 import math
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from filelock import FileLock, Timeout
 
 import checkpoint
 import config
@@ -88,7 +90,7 @@ class Settings:
 MUST_AGREE = ("block_size", "n_layer", "n_head", "n_embd", "n_inner", "bias", "seed")
 MAY_DIFFER_UNSAID = ("out_dir", "init_from", "resume_from", "overwrite", "eval_only")
 # What a run writes into out_dir, and what a new one removes there.
-RUN_FILES = ("ckpt.pt", "best.pt", "final.pt", "ckpt_iter_*.pt", "ckpt_epoch_*.pt", "metrics.jsonl")
+RUN_FILES = ("ckpt.pt", "best.pt", "final.pt", "ckpt_iter_*.pt", "ckpt_epoch_*.pt", "eval_*.json", "metrics.jsonl")
 # A run of so many steps with a non-finite loss or gradient is not going to recover.
 MAX_SKIPPED_IN_A_ROW = 5
 
@@ -126,14 +128,6 @@ def micro_batches(tokens, s, rt, first_sequence):
             yield micro, *rt.to_device(*data.batch(tokens, s.block_size, s.seed, sequence, s.batch_size))
 
 
-def one_ahead(items):
-    """The same items; the next one is made before the one in hand is used, so that a GPU never waits for it."""
-    ready = next(items)
-    for following in items:
-        yield ready
-        ready = following
-
-
 def evaluate(model, ids, s, rt):
     """Mean loss in nats over the targets of the `stream` windows of `ids`, shared out among the processes."""
     windows = data.stream_windows(len(ids), s.block_size)
@@ -147,7 +141,7 @@ def evaluate(model, ids, s, rt):
         x, y = rt.to_device(*data.window_batch(ids, part, s.block_size))
         with rt.autocast():
             nll = model.nll(x, y)
-        total += torch.tensor([nll.double().sum().item(), len(nll)])
+        total += torch.tensor([nll.cpu().double().sum().item(), len(nll)], dtype=torch.float64)
     model.train()
     nll, scored = rt.sum(total.to(rt.device) if rt.device.type == "cuda" else total).tolist()
     return nll / scored
@@ -156,19 +150,36 @@ def evaluate(model, ids, s, rt):
 def run_to_resume(s):
     """The checkpoint that this command goes on from, or None where it starts a run."""
     last = Path(s.out_dir, "ckpt.pt")
+    if s.overwrite and (s.resume_from or s.init_from == "resume"):
+        raise config.UserError("overwrite=True starts anew, resume_from and init_from=resume go on; give one of them")
     if s.eval_only and s.init_from != "resume":
-        return None
+        return Path(s.resume_from) if s.resume_from else None
     if s.init_from == "resume" and not last.exists():
         raise config.UserError(f"init_from=resume: there is no {last} to resume; check out_dir, or start from scratch")
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun, after a failure
     if s.overwrite and not restarted:
+        if Path(s.out_dir).resolve() in Path(s.init_from).resolve().parents:
+            raise config.UserError(
+                f"overwrite=True would remove init_from={s.init_from} itself; take another --out_dir"
+            )
         return None
     if s.resume_from:
         # The command that went back there before, and was cut off since, goes on from where it came to.
-        if last.exists() and checkpoint.load(last).get("config", {}).get("resume_from") == s.resume_from:
-            return last
+        with contextlib.suppress(checkpoint.CheckpointError):  # a damaged one is what people go back from
+            if last.exists() and checkpoint.load(last).get("config", {}).get("resume_from") == s.resume_from:
+                return last
+        if last.exists() and Path(s.resume_from).resolve().parent != last.resolve().parent:
+            here = Path(s.resume_from).parent
+            raise config.UserError(f"{s.out_dir} holds another run than {here}; --out_dir={here}, or take a new one")
         return Path(s.resume_from)
-    return last if last.exists() else None
+    if last.exists():
+        return last
+    if kept := sorted(p.name for name in RUN_FILES for p in Path(s.out_dir).glob(name) if p.suffix == ".pt"):
+        raise config.UserError(
+            f"{s.out_dir} has {kept[0]} but no ckpt.pt to go on from; take another --out_dir, --resume_from=PATH, or "
+            "--overwrite=True, which removes what is there"
+        )
+    return None
 
 
 def check_agreement(ckpt, path, s, data_sha256):
@@ -177,6 +188,10 @@ def check_agreement(ckpt, path, s, data_sha256):
         raise config.UserError(
             f"{path} is nanoGPT's, which does not say where in the data it was; start a new run from its weights: "
             f"--init_from={path} and another --out_dir"
+        )
+    if "sequence_index" not in ckpt:
+        raise config.UserError(
+            f"{path} holds weights alone; a new run starts from them by --init_from={path} and another --out_dir"
         )
     then, now = ckpt["config"], asdict(s)
     tokens = [c["batch_size"] * c["gradient_accumulation_steps"] * c["block_size"] for c in (then, now)]
@@ -197,7 +212,7 @@ def keep_rows_before(path, step):
     if not path.exists():
         return
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             rows += [line] if json.loads(line)["step"] < step else []
         except (ValueError, KeyError, TypeError):
@@ -313,9 +328,6 @@ def train(s):
         step, first_sequence, best_val_loss = ckpt["iter_num"], ckpt["sequence_index"], ckpt["best_val_loss"]
         row, skipped = ckpt["row"], ckpt["skipped_steps"]
         say(f"resuming {resume_path} at step {step:,}" + "".join(f"; {change}" for change in changes))
-        if step >= max_iters and not s.eval_only:
-            say(f"{s.out_dir} has finished its {max_iters:,} steps; raise max_iters, or start anew by --overwrite=True")
-            return 0
     elif s.init_from in ("scratch", "resume"):
         shape = {k: getattr(s, k) for k in ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias", "n_inner")}
         model = GPT(GPTConfig(vocab_size=dataset.vocab_size, **shape))
@@ -334,6 +346,12 @@ def train(s):
             model.crop_block_size(s.block_size)
             say(f"cropped the model's {positions:,} positions to {s.block_size:,}")
         say(f"starting from {opened.name}")
+    finished = step > max_iters or step == max_iters and Path(s.out_dir, "final.pt").exists()
+    if not rt.same((step, finished)):
+        raise config.UserError(f"the processes find different checkpoints in {s.out_dir}; put it on a shared disk")
+    if finished and not s.eval_only:
+        say(f"{s.out_dir} has finished its {max_iters:,} steps; raise max_iters, or start anew by --overwrite=True")
+        return 0
     model.set_dropout(s.dropout)
     model.to(rt.device).train()
     size, flops = model.num_params(), model.flops_per_token()
@@ -348,7 +366,7 @@ def train(s):
         if scaler.is_enabled() and ckpt["scaler"]:
             scaler.load_state_dict(ckpt["scaler"])
     if rt.compile:
-        runtime.compile_blocks(model, rt, s.batch_size)
+        runtime.compile_blocks(model, rt, s.batch_size, s.block_size)
     # The model is what is evaluated and saved; `trained` is the same, wrapped where gradients are averaged.
     trained = runtime.wrap(model, rt)
 
@@ -357,9 +375,17 @@ def train(s):
         return 0
 
     # ---- the folder of the run ----
-    out, metrics, wandb = Path(s.out_dir), None, None
+    out, wandb = Path(s.out_dir), None
     if master:
-        out.mkdir(parents=True, exist_ok=True)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            held = FileLock(out / ".lock")  # let go by the system, however this process ends
+            held.acquire(timeout=0)
+        except Timeout:
+            raise config.UserError(f"another process trains in {out}; stop it, or name another --out_dir") from None
+        except OSError as error:
+            raise config.UserError(f"out_dir={out} can't be written ({error.strerror}); name another") from None
+        (out / "final.pt").unlink(missing_ok=True)  # of the same run, when it was to be shorter
         if not resume_path:
             for name in RUN_FILES:
                 for old in out.glob(name):
@@ -367,7 +393,6 @@ def train(s):
         for stray in [p for name in RUN_FILES for p in out.glob(f"{name}.partial")]:  # of a write that was killed
             stray.unlink()
         keep_rows_before(out / "metrics.jsonl", step)
-        metrics = open(out / "metrics.jsonl", "a", encoding="utf-8")
         wandb = WandB(s, ckpt.get("wandb_run_id", ""))
     just_resumed, saved_at = bool(ckpt), step if ckpt else -1
     del ckpt
@@ -407,33 +432,38 @@ def train(s):
 
     # ---- the loop ----
     stop, stopping = runtime.StopSignal(), False
-    batches = one_ahead(micro_batches(tokens, s, rt, first_sequence))
+    batches = micro_batches(tokens, s, rt, first_sequence)
+    ready = next(batches)
     skipped_in_a_row, speeds, since, steps_since = 0, deque(maxlen=20), time.perf_counter(), 0
     peak = rt.peak_flops() * rt.world_size
     while True:
         # -- the state is the one after `step` steps: evaluate it, save it, write its row
-        began, links, better = time.perf_counter(), [], False
+        began, links = time.perf_counter(), []
         evaluates = s.eval_interval and (step % s.eval_interval == 0 or step == max_iters)
-        evaluates = evaluates and "val_loss" not in row and not stopping
+        evaluates = evaluates and "val_loss" not in row and not (stopping and step < max_iters)
         if evaluates:
             val_loss = evaluate(model, val_ids, s, rt)
             row |= {"step": step, "tokens": step * sequences * s.block_size, "val_loss": val_loss}
             say(f"step {step:,} | val loss {val_loss:.4f}, perplexity {math.exp(min(val_loss, 99)):.2f}")
-            if better := val_loss < best_val_loss:
-                best_val_loss = val_loss
-                save("best.pt")
+            best_val_loss = min(best_val_loss, val_loss)
+        better = row.get("val_loss") == best_val_loss  # the run may have been killed before best.pt was written
         if s.save_interval and step % s.save_interval == 0 and step:
             links.append(f"ckpt_iter_{step}.pt")
         epoch, before = first_sequence // blocks, max(0, first_sequence - sequences) // blocks
         if s.save_epochs and epoch // s.save_epochs > before // s.save_epochs:
             links.append(f"ckpt_epoch_{epoch}.pt")
-        if step and not just_resumed and (links or evaluates and (better or s.always_save_checkpoint)):
+        if not just_resumed and (links or evaluates and (better or s.always_save_checkpoint)):
             saved_at = step if save("ckpt.pt", *links) else saved_at
+        if better:
+            save("best.pt")
         if master and row and not (stopping and saved_at != step):
             # JSON has no NaN and no infinity: null says that a figure was not finite.
             finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-            metrics.write(json.dumps(finite) + "\n")
-            metrics.flush()
+            try:
+                with open(out / "metrics.jsonl", "a", encoding="utf-8") as metrics:
+                    metrics.write(json.dumps(finite) + "\n")
+            except OSError as error:
+                say(f"{out / 'metrics.jsonl'} could not be written ({error.strerror}); training goes on")
             wandb.log(row)
         if step == max_iters or stopping:
             break
@@ -446,12 +476,13 @@ def train(s):
             group["lr"] = rate
         loss_sum = torch.zeros((), device=rt.device)
         for i in range(mine):
-            micro, x, y = next(batches)
+            micro, x, y = ready
             torch.manual_seed(data.seed_of(s.seed, step, micro))
             with trained.no_sync() if i < mine - 1 and rt.world_size > 1 else nullcontext():
                 with rt.autocast():
                     _, loss = trained(x, y)
                 scaler.scale(loss / mine).backward()
+            ready = next(batches)  # made and sent while a GPU still works on this one
             loss_sum += loss.detach() / s.gradient_accumulation_steps
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
@@ -496,7 +527,9 @@ def train(s):
     interrupted = stopping and step < max_iters
     if interrupted:
         say(f"stopped by a signal after step {step:,}; the same command goes on from {out / 'ckpt.pt'}")
-    elif save("final.pt"):
+    elif not save("final.pt"):
+        raise config.UserError(f"final.pt is not written: make room in {out}, and the same command writes it")
+    else:
         say(f"finished {max_iters:,} steps; python sample.py --out_dir={s.out_dir}")
     if master:
         wandb.finish()

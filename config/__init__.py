@@ -87,7 +87,8 @@ def read_file(path, known):
             raise UserError(f"{path}: settings begin with two dashes, write --{path.lstrip('-')}")
         files = [str(p) for p in Path("config").glob("*.py") if p.name != "__init__.py"]
         close = difflib.get_close_matches(path, files, n=1, cutoff=0.4)
-        raise UserError(f"{path}: no such config file{f'; did you mean {close[0]}?' if close else ''}")
+        hint = f"did you mean {close[0]}?" if close else "it is looked for from the current folder"
+        raise UserError(f"{path}: no such config file; {hint}")
     try:
         source = Path(path).read_text(encoding="utf-8-sig")
         tree = ast.parse(source, path)
@@ -159,7 +160,7 @@ def convert(key, value, hint, where, is_text=False):
 
 
 def number(value, kind):
-    """int: `1e3`, `1_000` and 1000.0 are whole, 0.5 is not. float: finite. Raises ValueError or OverflowError."""
+    """int: `1e3`, `1_000` and 1000.0 are whole, 0.5 is not; 64 bits. float: finite. Else Value- or OverflowError."""
     if kind is int and isinstance(value, str):
         try:
             return int(value)
@@ -167,7 +168,7 @@ def number(value, kind):
             pass  # not an integer literal; it may still be a whole number such as 1e3
     value = float(value) if isinstance(value, str) else value
     result = kind(value)
-    if not math.isfinite(result) or result != value:
+    if not math.isfinite(result) or result != value or (kind is int and abs(result) >= 2**63):
         raise ValueError(value)
     return result
 

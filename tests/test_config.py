@@ -372,7 +372,7 @@ def test_a_missing_file_is_answered_with_the_nearest_one(wrong, near, tmp_path, 
         (tmp_path / "config" / name).touch()
     monkeypatch.chdir(tmp_path)
     assert mistake([wrong]) == f"{wrong}: no such config file; did you mean config/{near}?"
-    assert mistake(["qqqq"]) == "qqqq: no such config file"  # nothing is near
+    assert mistake(["qqqq"]) == "qqqq: no such config file; it is looked for from the current folder"  # nothing is near
     assert mistake(["config"]).startswith("config: no such config file")  # a folder is not a file
 
 

@@ -103,7 +103,7 @@ def test_the_ending_names_the_kind_of_picture(run, out, begins):
     [
         (b"", "no rows yet"),
         (b'{"step": 1, "tokens": 5}\n', "no rows yet"),
-        (b'{"tokens": 5, "loss": 1.0}\n{"tok', "is not the metrics of a run"),
+        (b'{"tokens": 5, "loss": 1.0}\n{"tok\n', "is not the metrics of a run"),
         (b'{"step": 5, "loss": 1.0}\n', "is not the metrics of a run"),
         (b"17\n", "is not the metrics of a run"),
         (b'{"tokens": 5, "loss": "caf\xe9"}\n', "is not the metrics of a run"),
@@ -142,3 +142,9 @@ def test_a_mistake_is_one_line(run, args, says):
 def test_reading_metrics_raises_what_the_script_catches():
     with pytest.raises(config.UserError):
         plot.read_metrics("nothing")
+
+
+def test_a_last_row_cut_short_by_a_kill_is_left_out():
+    Path("out/cut").mkdir(parents=True)
+    Path("out/cut/metrics.jsonl").write_bytes(b'{"tokens": 5, "loss": 1.0}\n{"tok')
+    assert plot.read_metrics("out/cut")["loss"] == [(5, 1.0)]

@@ -269,7 +269,7 @@ def test_always_save_checkpoint_false_saves_only_what_is_better(train, monkeypat
     monkeypatch.setattr(train_py, "evaluate", lambda *a: next(losses))
     monkeypatch.setattr(checkpoint, "save", lambda p, c, links=(): saved.append((p.name, c["iter_num"])))
     train("--out_dir=out/a", "--always_save_checkpoint=False")
-    assert saved == [("best.pt", 0), ("best.pt", 4), ("ckpt.pt", 4), ("best.pt", 12), ("ckpt.pt", 12), ("final.pt", 12)]
+    assert saved == [(name, step) for step in (0, 4, 12) for name in ("ckpt.pt", "best.pt")] + [("final.pt", 12)]
 
 
 def test_epochs(train):
@@ -333,6 +333,8 @@ def test_out_of_memory_says_which_batch_trains_the_same(train, monkeypatch, batc
 @pytest.mark.parametrize(
     "args",
     [
+        ["--overwrite=True", "--init_from=resume"],
+        ["--seed=1e30"],
         ["--n_head=3"],
         ["--batch_size=0"],
         ["--dropout=1"],
@@ -365,8 +367,65 @@ def test_killed_in_the_middle_the_same_command_goes_on_to_the_same_bits(corpus, 
     process.wait()
     killer.cancel()
     step = checkpoint.load("out/b/ckpt.pt")["iter_num"]
-    assert 0 < step < 400
+    assert 0 <= step < 400
     train("--out_dir=out/a", *args)
     _, out, _ = train("--out_dir=out/b", *args)
     assert f"at step {step}" in out and same_bits(weights("out/a/final.pt"), weights("out/b/final.pt"))
     assert without_speed(rows("out/a")) == without_speed(rows("out/b")) and not list(Path("out/b").glob("*.partial"))
+
+
+def test_a_folder_with_checkpoints_but_no_ckpt_is_left_alone(train):
+    train("--out_dir=out/a", "--max_iters=4")
+    Path("out/a/ckpt.pt").unlink()
+    before = {p.name: p.read_bytes() for p in Path("out/a").iterdir()}
+    status, _, err = train("--out_dir=out/a")
+    assert status == 2 and "no ckpt.pt" in err and "--overwrite=True" in err
+    status, _, err = train("--out_dir=out/a", "--init_from=out/a/best.pt", "--overwrite=True")
+    assert status == 2 and "out/a/best.pt itself" in err
+    assert before == {p.name: p.read_bytes() for p in Path("out/a").iterdir()}
+
+
+def test_a_damaged_checkpoint_leads_back_to_another(train):
+    train("--out_dir=out/a", "--save_interval=4")
+    whole = weights("out/a/final.pt")
+    Path("out/a/ckpt.pt").write_bytes(Path("out/a/ckpt.pt").read_bytes()[:2000])
+    status, _, err = train("--out_dir=out/a")
+    assert status == 2 and "damaged" in err and "ckpt_iter_4.pt" in err and len(err.splitlines()) == 1
+    assert train("--out_dir=out/a", "--resume_from=out/a/ckpt_iter_4.pt")[0] == 0
+    assert same_bits(weights("out/a/final.pt"), whole) and len(rows("out/a")) == 13
+    status, _, err = train("--out_dir=out/b", "--resume_from=out/a/best.pt")
+    assert status == 2 and "holds weights alone" in err
+
+
+def test_an_end_cut_short_is_made_good(train):
+    """A kill after the last ckpt.pt, before the last row and final.pt."""
+    train("--out_dir=out/a")
+    done, final = without_speed(rows("out/a")), weights("out/a/final.pt")
+    for name in ("final.pt", "best.pt"):
+        Path("out/a", name).unlink()
+    lines = Path("out/a/metrics.jsonl").read_text().splitlines(keepends=True)
+    Path("out/a/metrics.jsonl").write_text("".join(lines[:-1]) + lines[-1][:9])
+    assert train("--out_dir=out/a")[0] == 0
+    assert without_speed(rows("out/a")) == done and same_bits(weights("out/a/final.pt"), final)
+    assert Path("out/a/best.pt").exists() == (done[-1]["val_loss"] == min(r.get("val_loss", 99) for r in done))
+
+
+def test_one_process_trains_in_a_folder_at_a_time(train):
+    Path("out/a").mkdir(parents=True)
+    with train_py.FileLock("out/a/.lock"):
+        status, _, err = train("--out_dir=out/a")
+    assert status == 2 and "another process trains in out/a" in err
+
+
+def test_going_back_into_another_run_s_folder_is_refused(train):
+    for name in "ab":
+        train(f"--out_dir=out/{name}", "--save_interval=4")
+    status, _, err = train("--out_dir=out/b", "--resume_from=out/a/ckpt_iter_4.pt")
+    assert status == 2 and "another run" in err
+
+
+def test_an_out_dir_that_cannot_be_is_one_line(train):
+    Path("afile").write_text("")
+    for name in ("afile", "afile/sub"):
+        status, _, err = train(f"--out_dir={name}")
+        assert status == 2 and len(err.splitlines()) == 1 and "can't be written" in err
