@@ -205,6 +205,7 @@ def wrap(model, rt):
 
 def leave_processes():
     if torch.distributed.is_initialized():
+        torch.distributed.barrier()  # the first may still be saving
         torch.distributed.destroy_process_group()
 
 
