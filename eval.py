@@ -105,12 +105,8 @@ def main():
     size = f"{model.num_params() / 1e6:.1f} M parameters"
     print(f"{opened.name}: {size}, step {opened.iter_num:,}; {rt.why}", file=sys.stderr)
     began = time.perf_counter()
-    try:
+    with runtime.memory_advice(f" with batch_size={s.batch_size}; take a smaller --batch_size"):
         nll, scored = stream(model, ids, T, s.stride, s.batch_size, rt)
-    except Exception as error:
-        if not runtime.is_out_of_memory(error):
-            raise
-        raise config.UserError(f"out of memory with batch_size={s.batch_size}; take a smaller --batch_size") from None
     seconds = time.perf_counter() - began
     if not math.isfinite(nll):
         raise config.UserError(f"{opened.name} gives no finite loss on this text; its weights have diverged")

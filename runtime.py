@@ -4,7 +4,7 @@ import os
 import re
 import signal
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -179,6 +179,17 @@ def is_out_of_memory(error):
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
         says in text for says in ("can't allocate memory", "out of memory", "ALLOC_FAILED")
     )
+
+
+@contextmanager
+def memory_advice(advice):
+    """Running out of memory in here ends in one line, `advice`, as a RuntimeChoiceError."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise RuntimeChoiceError(f"out of memory{advice}") from None
 
 
 def start_processes(rt, backend):

@@ -80,13 +80,13 @@ def main():
         print(f"of the prompt's {len(prompt):,} tokens the last {model.config.block_size:,} are read", file=sys.stderr)
 
     generator = torch.Generator(rt.device).manual_seed(s.seed)
-    idx = torch.tensor([prompt] * s.num_samples, device=rt.device)  # (B, T)
     streams = s.num_samples == 1
     decoder, samples, drawn_in_all, began = codecs.getincrementaldecoder("utf-8")("replace"), [], 0, time.perf_counter()
     sys.stdout.reconfigure(encoding="utf-8")
     if streams:
         print(text, end="", flush=True)
-    with rt.autocast():
+    with rt.autocast(), runtime.memory_advice("; take a smaller --num_samples"):
+        idx = torch.tensor([prompt] * s.num_samples, device=rt.device)  # (B, T)
         options = dict(temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, eot=tok.eot, vocab_size=tok.vocab_size)
         for drawn in model.generate(idx, s.max_new_tokens, **options, generator=generator):
             ids = drawn.tolist()
@@ -105,14 +105,5 @@ def main():
     print(f"{drawn_in_all:,} tokens, {drawn_in_all / seconds:,.1f} tokens/s", file=sys.stderr)
 
 
-def main_within_memory():
-    try:
-        main()
-    except Exception as error:
-        if not runtime.is_out_of_memory(error):
-            raise
-        raise config.UserError("out of memory; take a smaller --num_samples") from None
-
-
 if __name__ == "__main__":
-    config.run(main_within_memory, checkpoint.CheckpointError, data.DataError, runtime.RuntimeChoiceError)
+    config.run(main, checkpoint.CheckpointError, data.DataError, runtime.RuntimeChoiceError)

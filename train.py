@@ -16,7 +16,6 @@ import signal
 import sys
 import time
 from collections import deque
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -269,18 +268,14 @@ class WandB:
 def main():
     s = config.load(Settings)
     check(s)
-    try:
+    b, steps = s.batch_size, s.gradient_accumulation_steps
+    less = next((d for d in range(b // 2, 0, -1) if b % d == 0), 0)
+    advice = "no batch is smaller, so take a smaller block_size or model"
+    if less:
+        advice = f"--batch_size={less} --gradient_accumulation_steps={steps * b // less} trains the same in less"
+    with runtime.memory_advice(f" with batch_size={b}; {advice}"):
         status = train(s)
         runtime.leave_processes()
-    except Exception as error:
-        if not runtime.is_out_of_memory(error):
-            raise
-        b, steps = s.batch_size, s.gradient_accumulation_steps
-        less = next((d for d in range(b // 2, 0, -1) if b % d == 0), 0)
-        advice = "no batch is smaller, so take a smaller block_size or model"
-        if less:
-            advice = f"--batch_size={less} --gradient_accumulation_steps={steps * b // less} trains the same in less"
-        raise config.UserError(f"out of memory with batch_size={b}; {advice}") from None
     sys.exit(status)
 
 
@@ -478,7 +473,7 @@ def train(s):
         for i in range(mine):
             micro, x, y = ready
             torch.manual_seed(data.seed_of(s.seed, step, micro))
-            with trained.no_sync() if i < mine - 1 and rt.world_size > 1 else nullcontext():
+            with trained.no_sync() if i < mine - 1 and rt.world_size > 1 else contextlib.nullcontext():
                 with rt.autocast():
                     _, loss = trained(x, y)
                 scaler.scale(loss / mine).backward()
