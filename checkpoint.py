@@ -6,9 +6,12 @@ format, n_inner, scaler, sequence_index, tokenizer, data_sha256, wandb_run_id.
 """
 
 import contextlib
+import math
 import os
 import shutil
 import zipfile
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +63,49 @@ def sync_folder(folder):
             os.fsync(fd)
         finally:
             os.close(fd)
+
+
+class Writer:
+    """Writes checkpoints one after the other. In the background only the copy to the host's memory takes time.
+
+    A write's `then(error)` is called in the caller's thread by a later write() or finished(): error is None or OSError.
+    """
+
+    def __init__(self, background):
+        self.pool, self.pending = ThreadPoolExecutor(1) if background else None, deque()
+
+    def write(self, path, checkpoint, links, then):
+        if not self.pool:
+            return then(attempt(path, checkpoint, links))
+        while len(self.pending) > 1:  # a run and its best weights; further copies would only take memory
+            self.finished(wait=True, most=1)
+        self.pending.append((self.pool.submit(attempt, path, to_host(checkpoint, {}), links), then))
+
+    def finished(self, wait=False, most=math.inf):
+        """Report the writes that are done; wait=True: all of them, or the first `most`."""
+        while self.pending and most > 0 and (wait or self.pending[0][0].done()):
+            future, then = self.pending.popleft()
+            then(future.result())
+            most -= 1
+
+
+def attempt(path, checkpoint, links):
+    try:
+        save(path, checkpoint, links)
+    except OSError as error:
+        return error
+
+
+def to_host(value, copies):
+    """A copy of what a checkpoint holds in the host's memory; a tensor that stands in it twice is copied once."""
+    if isinstance(value, torch.Tensor):
+        key = value.data_ptr(), value.shape
+        if key not in copies:
+            copies[key] = value.to("cpu", copy=True)
+        return copies[key]
+    if isinstance(value, dict):
+        return {k: to_host(v, copies) for k, v in value.items()}
+    return [to_host(v, copies) for v in value] if isinstance(value, list) else value
 
 
 def load(path):

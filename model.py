@@ -36,6 +36,13 @@ class GPTConfig:
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}; change one of them")
 
+    def num_params(self):
+        """Parameters of such a model without its position embeddings; the tied matrix counts once."""
+        C, inner = self.n_embd, self.n_inner or 4 * self.n_embd
+        biases = (3 * C + C + inner + C + 2 * C) if self.bias else 0
+        block = 4 * C * C + 2 * C * inner + 2 * C + biases
+        return self.vocab_size * C + self.n_layer * block + (2 * C if self.bias else C)
+
 
 class CausalSelfAttention(nn.Module):
     def __init__(self, config):
@@ -199,8 +206,7 @@ class GPT(nn.Module):
                 nn.init.zeros_(p)
 
     def num_params(self):
-        """Parameters without the position embeddings; the tied matrix counts once."""
-        return sum(p.numel() for p in self.parameters()) - self.transformer.wpe.weight.numel()
+        return self.config.num_params()
 
     def flops_per_token(self):
         """Floating-point operations of forward and backward: 6N + 12 L H Q T (PaLM paper, appendix B)."""

@@ -1,8 +1,10 @@
 """Device, precision, compilation and processes: what is left on `auto` is chosen here, and the reason is said."""
 
+import math
 import os
 import re
 import signal
+import sys
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -70,6 +72,13 @@ class Runtime:
         name = torch.cuda.get_device_name(self.device)
         return next((peak for part, peak in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)), 0)
 
+    def memory(self):
+        """Bytes of the device's memory; 0 where the system does not tell."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_properties(self.device).total_memory
+        names = ("SC_PAGE_SIZE", "SC_PHYS_PAGES")
+        return math.prod(map(os.sysconf, names)) if set(names) <= set(getattr(os, "sysconf_names", ())) else 0
+
     def same(self, value):
         """Whether all processes hold the same value, a plain one."""
         if self.world_size == 1:
@@ -85,8 +94,11 @@ class Runtime:
         return tensor
 
 
-def choose(device="auto", dtype="auto", compile="auto", training=False):
-    """The Runtime of this process. Raises RuntimeChoiceError for what this machine does not have."""
+def choose(device="auto", dtype="auto", compile="auto", training=False, deterministic=False):
+    """The Runtime of this process. Raises RuntimeChoiceError for what this machine does not have.
+
+    `deterministic` takes on a GPU the kernels that give the same bits in every run; on a CPU all of them do.
+    """
     reasons = []
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device == "auto":
@@ -119,6 +131,11 @@ def choose(device="auto", dtype="auto", compile="auto", training=False):
     if chosen.type == "cuda":
         # TF32 is what people expect of float32 training on a GPU; an evaluation computes what it says.
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = training
+        if deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+            torch.use_deterministic_algorithms(True)
+            torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
+            reasons.append("deterministic: slower attention gradients, the same bits in every run")
 
     if compile == "auto":
         compile, why = auto_compile(chosen)
@@ -190,6 +207,21 @@ def memory_advice(advice):
         if not is_out_of_memory(error):
             raise
         raise RuntimeChoiceError(f"out of memory{advice}") from None
+
+
+@contextmanager
+def lost_process_advice():
+    """Where another process of the group has died: one line and status 1, since the first failure is told there."""
+    try:
+        yield
+    except RuntimeError as error:
+        # nccl and the store raise a DistError, gloo a RuntimeError with the name of the file that it fails in.
+        if not (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
+            raise
+        reason = " ".join(str(error).split())[:120]
+        print(f"another process has ended, so this one does too; the same command goes on ({reason})", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(1)  # without the clean-up that would wait for the others
 
 
 def start_processes(rt, backend):

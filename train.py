@@ -75,6 +75,7 @@ class Settings:
     device: str = "auto"  # auto, cuda, cuda:1, mps, cpu
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto, float32, bfloat16, float16
     compile: Literal["auto", True, False] = "auto"  # auto, True, False: torch.compile
+    deterministic: bool = False  # on a GPU the same command gives the same bits, more slowly; a CPU does anyway
     backend: str = "nccl"  # of several processes on GPUs; on a CPU it is gloo
     # Weights & Biases; metrics.jsonl is written all the same
     wandb_log: bool = False  # log there too
@@ -86,12 +87,14 @@ class Settings:
 
 
 # Whatever else differs at a resume is printed and takes effect.
-MUST_AGREE = ("block_size", "n_layer", "n_head", "n_embd", "n_inner", "bias", "seed")
+SHAPE = ("n_layer", "n_head", "n_embd", "n_inner", "bias")
+MUST_AGREE = ("block_size", *SHAPE, "seed")
 MAY_DIFFER_UNSAID = ("out_dir", "init_from", "resume_from", "overwrite", "eval_only")
 # What a run writes into out_dir, and what a new one removes there.
 RUN_FILES = ("ckpt.pt", "best.pt", "final.pt", "ckpt_iter_*.pt", "ckpt_epoch_*.pt", "eval_*.json", "metrics.jsonl")
 # A run of so many steps with a non-finite loss or gradient is not going to recover.
 MAX_SKIPPED_IN_A_ROW = 5
+RETRY_SECONDS = 60  # from a checkpoint that could not be written to the next attempt
 
 
 def check(s):
@@ -104,6 +107,20 @@ def check(s):
     )
     if s.n_embd % s.n_head:
         raise config.UserError(f"n_embd={s.n_embd} is not divisible by n_head={s.n_head}; change one of them")
+
+
+def check_memory(model_config, s, rt):
+    """Raise UserError for what cannot fit: better at once than killed by the system after minutes of swapping."""
+    parameters, tokens = model_config.num_params(), s.batch_size * s.block_size
+    # Weights, gradients and two moments in float32; of a token its ids and, for the backward pass, at the very least
+    # what the two branches of each block add to the residual stream.
+    needed = 16 * parameters + tokens * (16 + 2 * model_config.n_layer * model_config.n_embd * rt.dtype.itemsize)
+    if needed > rt.memory() > 0:
+        raise config.UserError(
+            f"{parameters / 1e6:,.0f} M parameters and {tokens:,} tokens in a micro-batch take more than "
+            f"{needed / 2**30:,.0f} GiB, {rt.device} has {rt.memory() / 2**30:,.0f}; take a smaller n_layer, n_embd, "
+            "n_inner or batch_size"
+        )
 
 
 def learning_rate_at(step, s, max_iters):
@@ -181,7 +198,7 @@ def run_to_resume(s):
     return None
 
 
-def check_agreement(ckpt, path, s, data_sha256):
+def check_agreement(ckpt, path, s, dataset, data_sha256):
     """Raise UserError where a checkpoint cannot be gone on with under these settings. Returns what else differs."""
     if "format" not in ckpt:
         raise config.UserError(
@@ -193,11 +210,15 @@ def check_agreement(ckpt, path, s, data_sha256):
             f"{path} holds weights alone; a new run starts from them by --init_from={path} and another --out_dir"
         )
     then, now = ckpt["config"], asdict(s)
+    if then["init_from"] not in ("scratch", "resume"):  # the shape was never a setting of this run
+        now |= {key: then[key] for key in SHAPE}
     tokens = [c["batch_size"] * c["gradient_accumulation_steps"] * c["block_size"] for c in (then, now)]
     pairs = {key: (then.get(key), now[key]) for key in MUST_AGREE} | {"tokens a step": tuple(tokens)}
     wrong = [f"{key} was {old} and is {new}" for key, (old, new) in pairs.items() if old != new]
     if ckpt["data_sha256"] != data_sha256:
         wrong.append(f"the tokens of data/{s.dataset}/train.bin are others")
+    if ckpt["tokenizer"] != dataset.tokenizer_spec:
+        wrong.append(f"the tokenizer was {ckpt['tokenizer'][:40]!r} and is {dataset.tokenizer_spec[:40]!r}")
     if wrong:
         raise config.UserError(
             f"{path} can't be resumed: {'; '.join(wrong)}; take it back, or start a run by another --out_dir or "
@@ -273,7 +294,7 @@ def main():
     advice = "no batch is smaller, so take a smaller block_size or model"
     if less:
         advice = f"--batch_size={less} --gradient_accumulation_steps={steps * b // less} trains the same in less"
-    with runtime.memory_advice(f" with batch_size={b}; {advice}"):
+    with runtime.memory_advice(f" with batch_size={b}; {advice}"), runtime.lost_process_advice():
         status = train(s)
         runtime.leave_processes()
     sys.exit(status)
@@ -296,7 +317,7 @@ def train(s):
         raise config.UserError(f"{dataset.folder} has no val split; prepare one, or train by --eval_interval=0 without")
 
     # ---- machine ----
-    rt = runtime.choose(s.device, s.dtype, s.compile, training=True)
+    rt = runtime.choose(s.device, s.dtype, s.compile, training=True, deterministic=s.deterministic)
     if s.gradient_accumulation_steps % rt.world_size:
         raise config.UserError(
             f"gradient_accumulation_steps={s.gradient_accumulation_steps} counts over all processes together and is "
@@ -318,14 +339,17 @@ def train(s):
     ckpt, step, first_sequence, best_val_loss, row, skipped = {}, 0, 0, math.inf, {}, 0
     if resume_path := run_to_resume(s):
         ckpt = checkpoint.load(resume_path)
-        changes = check_agreement(ckpt, resume_path, s, data_sha256)
+        changes = check_agreement(ckpt, resume_path, s, dataset, data_sha256)
         model = checkpoint.build(ckpt, resume_path)
         step, first_sequence, best_val_loss = ckpt["iter_num"], ckpt["sequence_index"], ckpt["best_val_loss"]
         row, skipped = ckpt["row"], ckpt["skipped_steps"]
+        s.init_from = ckpt["config"]["init_from"]  # where the run's weights came from, which a resume doesn't change
         say(f"resuming {resume_path} at step {step:,}" + "".join(f"; {change}" for change in changes))
     elif s.init_from in ("scratch", "resume"):
-        shape = {k: getattr(s, k) for k in ("block_size", "n_layer", "n_head", "n_embd", "dropout", "bias", "n_inner")}
-        model = GPT(GPTConfig(vocab_size=dataset.vocab_size, **shape))
+        shape = {k: getattr(s, k) for k in ("block_size", "dropout", *SHAPE)}
+        model_config = GPTConfig(vocab_size=dataset.vocab_size, **shape)
+        check_memory(model_config, s, rt)
+        model = GPT(model_config)
     else:
         opened = checkpoint.open_model(s.init_from)
         model = opened.model
@@ -347,6 +371,8 @@ def train(s):
     if finished and not s.eval_only:
         say(f"{s.out_dir} has finished its {max_iters:,} steps; raise max_iters, or start anew by --overwrite=True")
         return 0
+    for key in SHAPE:
+        setattr(s, key, getattr(model.config, key))  # what is recorded is the model's, wherever it came from
     model.set_dropout(s.dropout)
     model.to(rt.device).train()
     size, flops = model.num_params(), model.flops_per_token()
@@ -376,29 +402,35 @@ def train(s):
             out.mkdir(parents=True, exist_ok=True)
             held = FileLock(out / ".lock")  # let go by the system, however this process ends
             held.acquire(timeout=0)
+            (out / "final.pt").unlink(missing_ok=True)  # of the same run, when it was to be shorter
+            # Of a write that was killed; and of an older run, which is to be overwritten.
+            for pattern in [f"{name}.partial" for name in RUN_FILES] + list(RUN_FILES if not resume_path else ()):
+                for old in out.glob(pattern):
+                    old.unlink()
+            keep_rows_before(out / "metrics.jsonl", step)
         except Timeout:
             raise config.UserError(f"another process trains in {out}; stop it, or name another --out_dir") from None
         except OSError as error:
-            raise config.UserError(f"out_dir={out} can't be written ({error.strerror}); name another") from None
-        (out / "final.pt").unlink(missing_ok=True)  # of the same run, when it was to be shorter
-        if not resume_path:
-            for name in RUN_FILES:
-                for old in out.glob(name):
-                    old.unlink()
-        for stray in [p for name in RUN_FILES for p in out.glob(f"{name}.partial")]:  # of a write that was killed
-            stray.unlink()
-        keep_rows_before(out / "metrics.jsonl", step)
+            at = f", {error.filename}" if error.filename else ""
+            raise config.UserError(f"out_dir={out} can't be written ({error.strerror}{at}); name another") from None
         wandb = WandB(s, ckpt.get("wandb_run_id", ""))
-    just_resumed, saved_at = bool(ckpt), step if ckpt else -1
+    just_resumed, saved_at, failed_at = bool(ckpt), step if ckpt else -1, 0.0
+    writer = checkpoint.Writer(background=rt.device.type == "cuda")
     del ckpt
 
-    def save(name, *links):
-        """Write the run, or the weights alone for best.pt and final.pt. A failure is said, and False; it is no end."""
+    def diverged(how):
+        last = f"the last good checkpoint stands in {out}: go on from it" if (out / "ckpt.pt").exists() else "start"
+        return config.UserError(f"the run has diverged at step {step:,}: {how}; {last} with a lower --learning_rate")
+
+    def save(name, *links, before=math.inf):
+        """Write the run, or the weights alone for best.pt and final.pt. A failure is said; it is no end by itself.
+
+        `before` is the best validation loss before this one, which still stands where best.pt can't be written.
+        """
         if not master:
-            return True
-        if not all(p.isfinite().all() for p in model.parameters()):
-            say(f"the weights are not finite: {out / name} stays as it was")
-            return False
+            return
+        if not torch.stack([x for p in model.parameters() for x in torch.aminmax(p.detach())]).isfinite().all():
+            raise diverged("the weights are not finite")
         state = checkpoint.weights(model) | {
             "format": checkpoint.FORMAT,
             "iter_num": step,
@@ -416,14 +448,25 @@ def train(s):
                 "data_sha256": data_sha256,
                 "wandb_run_id": wandb.id,
             }
-        try:
-            checkpoint.save(out / name, state, links=[out / link for link in links])
-        except OSError as error:
-            say(f"{out / name} could not be written ({error.strerror or error}); the older one stands")
-            return False
-        if s.wandb_log_checkpoints and name != "final.pt":
-            wandb.log_file(out / name)
-        return True
+
+        def then(error, step=step):
+            nonlocal saved_at, failed_at, best_val_loss
+            if not error:
+                saved_at = step if name == "ckpt.pt" else saved_at
+                if s.wandb_log_checkpoints and name != "final.pt":
+                    wandb.log_file(out / name)
+                return
+            failure = f"{out / name} could not be written ({error.strerror or error})"
+            if not (out / "ckpt.pt").exists():
+                raise config.UserError(f"{failure}; make room there, or name another --out_dir")
+            if name == "ckpt.pt":
+                failed_at = time.monotonic()
+                failure += f"; the older one stands, the next attempt follows in {RETRY_SECONDS} s"
+            if name == "best.pt":
+                best_val_loss = before
+            say(failure)
+
+        writer.write(out / name, state, [out / link for link in links], then)
 
     # ---- the loop ----
     stop, stopping = runtime.StopSignal(), False
@@ -433,13 +476,16 @@ def train(s):
     peak = rt.peak_flops() * rt.world_size
     while True:
         # -- the state is the one after `step` steps: evaluate it, save it, write its row
-        began, links = time.perf_counter(), []
+        began, links, best_before = time.perf_counter(), [], best_val_loss
+        writer.finished()
         evaluates = s.eval_interval and (step % s.eval_interval == 0 or step == max_iters)
         evaluates = evaluates and "val_loss" not in row and not (stopping and step < max_iters)
         if evaluates:
             val_loss = evaluate(model, val_ids, s, rt)
             row |= {"step": step, "tokens": step * sequences * s.block_size, "val_loss": val_loss}
             say(f"step {step:,} | val loss {val_loss:.4f}, perplexity {math.exp(min(val_loss, 99)):.2f}")
+            if not math.isfinite(val_loss):
+                raise diverged(f"the validation loss is {val_loss}")
             best_val_loss = min(best_val_loss, val_loss)
         better = row.get("val_loss") == best_val_loss  # the run may have been killed before best.pt was written
         if s.save_interval and step % s.save_interval == 0 and step:
@@ -447,10 +493,12 @@ def train(s):
         epoch, before = first_sequence // blocks, max(0, first_sequence - sequences) // blocks
         if s.save_epochs and epoch // s.save_epochs > before // s.save_epochs:
             links.append(f"ckpt_epoch_{epoch}.pt")
-        if not just_resumed and (links or evaluates and (better or s.always_save_checkpoint)):
-            saved_at = step if save("ckpt.pt", *links) else saved_at
+        again = failed_at and time.monotonic() - failed_at > RETRY_SECONDS
+        if not just_resumed and (links or again or evaluates and (better or s.always_save_checkpoint)):
+            failed_at = 0.0
+            save("ckpt.pt", *links)
         if better:
-            save("best.pt")
+            save("best.pt", before=best_before)
         if master and row and not (stopping and saved_at != step):
             # JSON has no NaN and no infinity: null says that a figure was not finite.
             finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
@@ -492,10 +540,7 @@ def train(s):
             skipped_in_a_row += not scaler.is_enabled() or scaler.get_scale() <= 1
             say(f"step {step + 1:,} skipped, the {skipped:,}. of the run: loss {loss}, gradient norm {norm}")
             if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
-                raise config.UserError(
-                    f"{MAX_SKIPPED_IN_A_ROW} steps in a row were not finite; the last good checkpoint stands in {out}: "
-                    "go on from it with a lower --learning_rate"
-                )
+                raise diverged(f"{MAX_SKIPPED_IN_A_ROW} steps in a row were not finite")
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         step, first_sequence, steps_since = step + 1, first_sequence + sequences, steps_since + 1
@@ -517,18 +562,26 @@ def train(s):
                 line += f"scale {row['loss_scale']:.0f}, {skipped:,} skipped | "
             say(f"{line}{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left")
 
-    if saved_at != step and not save("ckpt.pt"):
-        raise config.UserError(f"the last steps are not saved: make room in {out}, and the same command goes on")
+    # ---- the end ----
     interrupted = stopping and step < max_iters
+    if master:
+        writer.finished(wait=True)
+        if saved_at != step:
+            save("ckpt.pt")
+            writer.finished(wait=True)
+        if saved_at != step:
+            raise config.UserError(f"the last steps are not saved: make room in {out}, and the same command goes on")
+        if not interrupted:
+            save("final.pt")
+            writer.finished(wait=True)
+            if not (out / "final.pt").exists():
+                raise config.UserError(f"final.pt is not written: make room in {out}, and the same command writes it")
+        wandb.finish()
     if interrupted:
         say(f"stopped by a signal after step {step:,}; the same command goes on from {out / 'ckpt.pt'}")
-    elif not save("final.pt"):
-        raise config.UserError(f"final.pt is not written: make room in {out}, and the same command writes it")
-    else:
-        say(f"finished {max_iters:,} steps; python sample.py --out_dir={s.out_dir}")
-    if master:
-        wandb.finish()
-    return 128 + (stop.number or signal.SIGTERM) if interrupted else 0
+        return 128 + (stop.number or signal.SIGTERM)
+    say(f"finished {max_iters:,} steps; python sample.py --out_dir={s.out_dir}")
+    return 0
 
 
 if __name__ == "__main__":

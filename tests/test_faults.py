@@ -1,0 +1,492 @@
+"""Faults and bad input: each script, as a process, ends in one line and status 2, or says what is wrong and goes on.
+
+Whatever happens, what was on the disk before is still there. Ten of the rows run by default, all of them by
+`python -m pytest -m stress`.
+"""
+
+import ctypes
+import hashlib
+import json
+import os
+import pickle
+import resource
+import shutil
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, text
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import checkpoint
+import config
+import data
+import eval as evaluation
+import prepare_text
+import prepare_wikitext103
+import sample
+import train as train_py
+
+ROOT = Path(train_py.__file__).parent
+NOWHERE = "http://127.0.0.1:9"  # nothing listens there
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "HF_ENDPOINT": NOWHERE, "WANDB_BASE_URL": NOWHERE, "WANDB_SILENT": "true"}
+ENV |= {"WANDB_API_KEY": "0123456789abcdef" * 2 + "secret00", "HF_HUB_DISABLE_TELEMETRY": "1"}
+ON = [*TINY, "--out_dir=out/a"]  # goes on with the run of `before`
+NEW = [*TINY, "--out_dir=out/new", "--max_iters=4"]
+
+
+def run(*command, env=None, stdin="", **more):
+    """A script as a process: the finished process."""
+    name, *args = command
+    return subprocess.run(
+        [sys.executable, ROOT / f"{name}.py", *args], input=stdin, env=ENV | (env or {}), capture_output=True,
+        text=True, errors="replace", timeout=200, **more,
+    )  # fmt: skip
+
+
+def content(folder):
+    """{path: bytes} of a folder; a lock file has none."""
+    return {p: p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file() and p.suffix != ".lock"}
+
+
+@pytest.fixture(scope="module")
+def before(tmp_path_factory):
+    """A working folder: data/tiny of bytes, data/words of GPT-2 ids, and out/a, a run of eight steps."""
+    folder, here = tmp_path_factory.mktemp("before"), Path.cwd()
+    os.chdir(folder)
+    try:
+        for name, tok in (("tiny", data.BytesTokenizer()), ("words", data.Gpt2Tokenizer())):
+            pieces = [(split, doc, True) for split, n in (("train", 40), ("val", 5), ("test", 4)) for doc in text(n, n)]
+            data.write(name, tok, pieces, 0)
+        done = run("train", *ON, "--max_iters=8", "--save_interval=4", "--lr_decay_iters=12")
+        assert done.returncode == 0, done.stderr
+        Path("book.txt").write_text("A book.\n" * 50)
+    finally:
+        os.chdir(here)
+    return folder
+
+
+@pytest.fixture
+def folder(before, tmp_path, monkeypatch):
+    shutil.copytree(before, tmp_path / "work")
+    monkeypatch.chdir(tmp_path / "work")
+
+
+# ---- what can happen to a file ----
+
+
+def put(path, what):
+    """A file with this text or these bytes."""
+
+    def act():
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_bytes(what if isinstance(what, bytes) else what.encode())
+
+    return act
+
+
+def cut(path, share):
+    return lambda: os.truncate(path, int(os.path.getsize(path) * share) // 2 * 2)
+
+
+def flip(path, share):
+    def act():
+        whole = bytearray(Path(path).read_bytes())
+        whole[int(len(whole) * share)] ^= 0x10
+        Path(path).write_bytes(whole)
+
+    return act
+
+
+def odd(path):
+    return lambda: Path(path).write_bytes(Path(path).read_bytes() + b"x")
+
+
+def gone(path):
+    return lambda: Path(path).unlink()
+
+
+def folder_at(path):
+    def act():
+        Path(path).unlink(missing_ok=True)
+        Path(path).mkdir(parents=True)
+
+    return act
+
+
+def meta(change):
+    def act():
+        path = Path("data/tiny/meta.json")
+        found = json.loads(path.read_text())
+        change(found)
+        path.write_text(json.dumps(found))
+
+    return act
+
+
+def ckpt(**changes):
+    def act():
+        state = torch.load("out/a/ckpt.pt", weights_only=True)
+        torch.save({k: v for k, v in (state | changes).items() if v is not None}, "out/a/ckpt.pt")
+
+    return act
+
+
+def other_tokens():
+    """A dataset of the same name that agrees with its own meta.json."""
+    data.write("tiny", data.BytesTokenizer(), [(s, d, True) for s in data.SPLITS for d in text(40, 9)], 0)
+
+
+def beyond_the_vocabulary():
+    """An id that no tokenizer of 257 ids gives, in files that agree with each other."""
+    tokens = data.Dataset("tiny").tokens("train").copy()
+    tokens[7] = 300
+    tokens.tofile("data/tiny/train.bin")
+    digest = hashlib.sha256(tokens.data).hexdigest()
+    meta(lambda m: m["splits"]["train"].update(sha256=digest))()
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.mkdir, ("pwned",)
+
+
+def hostile_checkpoint():
+    torch.save(torch.load("out/a/ckpt.pt", weights_only=True) | {"row": Hostile()}, "out/a/ckpt.pt")
+
+
+def nanogpt_s_data():
+    """data/tiny as nanoGPT would have it, with a vocabulary that carries code."""
+    Path("data/tiny/meta.json").unlink()
+    Path("data/tiny/meta.pkl").write_bytes(pickle.dumps({"itos": {0: Hostile()}}))
+
+
+# (what happens before, the command, what its one line says)
+REFUSED = {
+    # settings
+    "unknown setting": (None, ["train", *NEW, "--batchsize=3"], "nearest is 'batch_size'"),
+    "a setting of another script": (None, ["sample", "--learning_rate=1"], "unknown setting 'learning_rate'"),
+    "no value": (None, ["train", *NEW, "--seed"], "--seed=VALUE"),
+    "no dashes": (None, ["train", *NEW, "seed=3"], "--seed=3"),
+    "text for a number": (None, ["train", *NEW, "--batch_size=many"], "batch_size takes a whole number"),
+    "a part of one": (None, ["train", *NEW, "--batch_size=1.5"], "batch_size takes a whole number"),
+    "zero": (None, ["train", *NEW, "--batch_size=0"], "must be more than 0"),
+    "negative": (None, ["train", *NEW, "--eval_interval=-1"], "can't be negative"),
+    "not a number": (None, ["train", *NEW, "--learning_rate=nan"], "learning_rate takes a number"),
+    "infinite": (None, ["train", *NEW, "--grad_clip=inf"], "grad_clip takes a number"),
+    "more than 64 bits": (None, ["train", *NEW, "--seed=1e30"], "seed takes a whole number"),
+    "all is dropped": (None, ["train", *NEW, "--dropout=1"], "less than 1"),
+    "beta of one": (None, ["train", *NEW, "--beta2=1"], "less than 1"),
+    "not divisible": (None, ["train", *NEW, "--n_head=3"], "not divisible by n_head=3"),
+    "a billion layers": (None, ["train", *NEW, "--n_layer=1e9"], "take a smaller n_layer"),
+    "a huge width": (None, ["train", *NEW, "--n_embd=1e9"], "take a smaller n_layer, n_embd"),
+    "a huge MLP": (None, ["train", *NEW, "--n_inner=1e13"], "n_inner"),
+    "a huge batch": (None, ["train", *NEW, "--batch_size=1e12"], "batch_size"),
+    "a block longer than the text": (None, ["train", *NEW, "--block_size=1e6"], "take block_size="),
+    "no such choice": (None, ["train", *NEW, "--compile=maybe"], "one of auto, True, False"),
+    "no such precision": (None, ["train", *NEW, "--dtype=float8"], "one of auto, float32"),
+    "float16 on a CPU": (None, ["train", *NEW, "--dtype=float16"], "needs a CUDA GPU"),
+    "no CUDA": (None, ["train", *NEW, "--device=cuda:7"], "CUDA devices here"),
+    "no such device": (None, ["train", *NEW, "--device=tpu"], "use auto, cuda"),
+    "anew and on": (None, ["train", *ON, "--overwrite=True", "--init_from=resume"], "give one of them"),
+    "nothing to resume": (None, ["train", *NEW, "--init_from=resume"], "no out/new/ckpt.pt to resume"),
+    "no such checkpoint": (None, ["train", *NEW, "--resume_from=out/x.pt"], "there is no checkpoint out/x.pt"),
+    "no such weights": (None, ["train", *NEW, "--init_from=nowhere"], "'nowhere' is no checkpoint"),
+    "weights alone": (None, ["train", *ON, "--resume_from=out/a/best.pt"], "holds weights alone"),
+    "another tokenizer": (None, ["train", *NEW, "--init_from=out/a", "--dataset=words"], "has the tokenizer 'bytes'"),
+    "fewer positions": (None, ["train", *NEW, "--init_from=out/a", "--block_size=32"], "--block_size=16 or less"),
+    # config files
+    "no config file": (None, ["train", "config/none.py"], "no such config file"),
+    "a typo in one": (put("c.py", "batch_sise = 3"), ["train", "c.py"], "c.py:1: unknown setting 'batch_sise'"),
+    "a wrong type in one": (put("c.py", "\nseed = 'x'"), ["train", "c.py"], "c.py:2: seed = 'x'"),
+    "a syntax error": (put("c.py", "seed = = 1"), ["train", "c.py"], "c.py:1: SyntaxError"),
+    "an exception": (put("c.py", "\n\nseed = 1 / 0"), ["train", "c.py"], "c.py:3: ZeroDivisionError"),
+    "one that exits": (put("c.py", "import sys\nsys.exit(0)"), ["train", "c.py"], "c.py:2: SystemExit"),
+    "one that is not UTF-8": (put("c.py", b"seed = '\xff'"), ["train", "c.py"], "c.py:1: UnicodeDecodeError"),
+    "one that is a folder": (folder_at("c.py"), ["train", "c.py"], "no such config file"),
+    # checkpoints
+    "zero length": (put("out/a/ckpt.pt", ""), ["train", *ON], "ckpt_iter_4.pt"),
+    "cut short": (cut("out/a/ckpt.pt", 0.7), ["train", *ON], "--resume_from=PATH"),
+    "a flipped bit": (flip("out/a/ckpt.pt", 0.5), ["train", *ON], "is damaged"),
+    "a folder": (folder_at("out/a/ckpt.pt"), ["train", *ON], "ckpt.pt"),
+    "no checkpoint at all": (put("out/a/ckpt.pt", "It was a dark night."), ["train", *ON], "is damaged"),
+    "another model": (None, ["train", *ON, "--n_layer=3"], "n_layer was 2 and is 3"),
+    "another seed": (None, ["train", *ON, "--seed=1"], "seed was 1337 and is 1"),
+    "another batch": (None, ["train", *ON, "--batch_size=2"], "tokens a step was 128 and is 64"),
+    "a newer format": (ckpt(format=99), ["train", *ON], "newer version"),
+    "weights of another shape": (ckpt(n_inner=7), ["train", *ON], "do not fit its model_args"),
+    "nanoGPT's to resume": (ckpt(format=None), ["train", *ON], "is nanoGPT's"),
+    "one that carries code": (hostile_checkpoint, ["train", *ON], "not a checkpoint of plain data"),
+    "no ckpt.pt but others": (gone("out/a/ckpt.pt"), ["train", *ON], "no ckpt.pt to go on from"),
+    "a damaged one to evaluate": (flip("out/a/best.pt", 0.4), ["eval", "--out_dir=out/a"], "is damaged"),
+    "a damaged one to sample": (cut("out/a/best.pt", 0.9), ["sample", "--out_dir=out/a"], "is damaged"),
+    # data
+    "no such dataset": (None, ["train", *NEW, "--dataset=nothing"], "there: tiny, words"),
+    "ids cut short": (cut("data/tiny/train.bin", 0.5), ["train", *NEW], "meta.json says"),
+    "half an id": (odd("data/tiny/train.bin"), ["train", *NEW], "not a whole number"),
+    "no ids": (put("data/tiny/train.bin", ""), ["train", *NEW], "0 bytes long"),
+    "no train split": (gone("data/tiny/train.bin"), ["train", *NEW], "has no train split"),
+    "no val split": (gone("data/tiny/val.bin"), ["train", *NEW], "--eval_interval=0"),
+    "a flipped bit in the ids": (flip("data/tiny/train.bin", 0.5), ["train", *NEW], "prepare"),
+    "beyond the vocabulary": (beyond_the_vocabulary, ["train", *NEW], "the id 300"),
+    "changed since the run began": (other_tokens, ["train", *ON], "the tokens of data/tiny/train.bin are others"),
+    "no meta.json": (gone("data/tiny/meta.json"), ["train", *ON], "the tokenizer was 'bytes' and is 'gpt2'"),
+    "half a meta.json": (cut("data/tiny/meta.json", 0.5), ["train", *NEW], "not readable"),
+    "a meta.json of other things": (put("data/tiny/meta.json", "[1, 2]"), ["train", *NEW], "not readable"),
+    "impossible counts": (meta(lambda m: m["splits"]["train"].update(tokens=-5)), ["train", *NEW], "not readable"),
+    "lying counts": (meta(lambda m: m["splits"]["train"].update(tokens=5)), ["train", *NEW], "meta.json says 45"),
+    "a lying checksum": (meta(lambda m: m["splits"]["val"].update(sha256="0")), ["train", *NEW], "not the file"),
+    "a lying dtype": (meta(lambda m: m.update(dtype="uint32")), ["train", *NEW], "prepare it again"),
+    "a lying vocabulary": (meta(lambda m: m.update(vocab_size=99)), ["train", *NEW], "beyond the vocabulary of 99"),
+    "an unknown tokenizer": (meta(lambda m: m.update(tokenizer="words")), ["sample", "--out_dir=out/b"], "out/b"),
+    "a meta.pkl that carries code": (nanogpt_s_data, ["train", *NEW], "not a nanoGPT character vocabulary"),
+    # places
+    "out_dir is a file": (put("out/new", "x"), ["train", *NEW], "out_dir=out/new can't be written"),
+    "a metrics.jsonl that is a folder": (folder_at("out/a/metrics.jsonl"), ["train", *ON], "metrics.jsonl"),
+    "no hub": (None, ["prepare_wikitext103"], "--source=FOLDER_OR_ZIP"),
+    "no hub to start from": (None, ["train", *NEW, "--init_from=gpt2"], "gpt2 cannot be opened"),
+    "no such source": (None, ["prepare_wikitext103", "--source=x.zip"], "there is no such folder or zip"),
+    "a part of the corpus": (put("src/wiki.test.raw", "x\n"), ["prepare_wikitext103", "--source=src"], "--check=False"),
+    # sampling
+    "no run": (None, ["sample", "--out_dir=out/none"], "no checkpoint in out/none"),
+    "a prompt that is not UTF-8": (None, ["sample", b"--start=\xff\xfe"], "not UTF-8 at byte 0"),
+    "no prompt file": (None, ["sample", "--start=FILE:none.txt"], "No such file"),
+    "a prompt file that is not UTF-8": (put("p", b"ab\xff"), ["sample", "--start=FILE:p"], "not UTF-8 at byte 2"),
+    "no samples": (None, ["sample", "--num_samples=0"], "must be more than 0"),
+    "too many samples": (None, ["sample", "--num_samples=1e12"], "take a smaller --num_samples"),
+    "a probability of two": (None, ["sample", "--top_p=2"], "at most 1"),
+    "a negative temperature": (None, ["sample", "--temperature=-1"], "can't be negative"),
+    # evaluation
+    "a stride that leaves out tokens": (None, ["eval", "--stride=17"], "take less"),
+    "more positions than there are": (None, ["eval", "--block_size=17"], "take less"),
+    "another dataset's tokenizer": (None, ["eval", "--dataset=words"], "take a dataset with the model's"),
+    "no such split": (None, ["eval", "--split=valid"], "one of"),
+    # preparing
+    "no files": (None, ["prepare_text", "--dataset=x"], "name"),
+    "no such file": (None, ["prepare_text", "x.txt", "--dataset=x"], "no such file, folder or glob"),
+    "a file that is not UTF-8": (put("b", b"a\xff\nb\n"), ["prepare_text", "b", "--dataset=x"], "byte 1 is not UTF-8"),
+    "a dataset that is there": (None, ["prepare_text", "book.txt", "--dataset=tiny"], "overwrite"),
+    "a path for a name": (None, ["prepare_text", "book.txt", "--dataset=../x"], "dataset"),
+    "a share of two": (None, ["prepare_text", "book.txt", "--dataset=x", "--val_fraction=2"], "val_fraction"),
+    # pictures
+    "no such run": (None, ["plot", "out/none"], "name the folder of a run"),
+    "rows that are none": (put("out/a/metrics.jsonl", "[]\n"), ["plot", "out/a"], "not the metrics of a run"),
+}
+
+
+def check_refused(name):
+    happens, command, says = REFUSED[name]
+    if happens:
+        happens()
+    kept = content(".")
+    done = run(*command)
+    assert done.returncode == 2, done.stderr or done.stdout
+    *others, line = done.stderr.splitlines()
+    assert line.startswith(f"{command[0]}.py: ") and says in line, done.stderr
+    # sample.py and eval.py say there which model they opened, since what they write is on standard output
+    assert len(others) <= (command[0] in ("sample", "eval")) and "Traceback" not in done.stdout + done.stderr
+    assert not Path("pwned").exists()
+    now = content(".")
+    assert {p: now.get(p) for p in kept} == kept and not list(Path().rglob("*.partial"))
+
+
+BY_DEFAULT = [
+    "unknown setting",
+    "a billion layers",
+    "an exception",
+    "cut short",
+    "one that carries code",
+    "another model",
+    "changed since the run began",
+    "a lying checksum",
+    "out_dir is a file",
+    "a prompt that is not UTF-8",
+]
+
+
+@pytest.mark.parametrize("name", BY_DEFAULT)
+def test_ten_mistakes(folder, name):
+    check_refused(name)
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_mistake_is_one_line_and_status_2_and_nothing_is_lost(folder, name):
+    check_refused(name)
+
+
+# ---- what does not end a run ----
+
+
+def same_run(a, b):
+    a, b = (checkpoint.load(Path(out, "final.pt"))["model"] for out in (a, b))
+    return all(torch.equal(a[key], b[key]) for key in a)
+
+
+def unprivileged(**limits):
+    """What a child does before it begins: it gives up the right to write where it may not, and takes limits."""
+
+    def act():
+        ctypes.CDLL(None).prctl(24, 1)  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE: matters to root only
+        for name, value in limits.items():
+            resource.setrlimit(getattr(resource, name), (value, value))
+
+    return act
+
+
+@pytest.mark.stress
+def test_a_disk_that_is_full_stops_no_run_that_has_a_checkpoint(folder):
+    kept = Path("out/a/ckpt.pt").read_bytes()
+    done = run("train", *ON, preexec_fn=unprivileged(RLIMIT_FSIZE=6000))
+    assert done.returncode == 2 and "make room in out/a" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert "the older one stands" in done.stdout and "step 12/12" in done.stdout
+    assert Path("out/a/ckpt.pt").read_bytes() == kept and not list(Path("out/a").glob("*.partial"))
+    assert run("train", *ON).returncode == 0 and run("train", *TINY, "--out_dir=out/b").returncode == 0
+    assert same_run("out/a", "out/b")
+    done = run("train", *TINY, "--out_dir=out/c", preexec_fn=unprivileged(RLIMIT_FSIZE=6000))
+    assert done.returncode == 2 and "make room there" in done.stderr and "step 1/12" not in done.stdout
+
+
+@pytest.mark.stress
+def test_an_out_dir_that_becomes_read_only_and_writable_again(folder):
+    args = [*TINY, "--max_iters=3000", "--eval_interval=50", "--eval_iters=1", "--log_interval=50"]
+    command = [sys.executable, "-u", ROOT / "train.py", *args, "--out_dir=out/b"]
+    with subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, text=True, preexec_fn=unprivileged()) as process:
+        for line in process.stdout:
+            if line.startswith("step 100 |"):
+                os.chmod("out/b", 0o555)
+            if "could not be written" in line:
+                os.chmod("out/b", 0o755)
+                break
+        rest = process.stdout.read()
+    assert process.returncode == 0 and "finished 3,000 steps" in rest
+    assert run("train", *args, "--out_dir=out/c").returncode == 0 and same_run("out/b", "out/c")
+
+
+@pytest.fixture
+def wrong_key():
+    """A W&B server that knows nobody."""
+
+    class Refuse(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            body = b'{"errors": [{"message": "permission denied"}]}'
+            self.send_response(401)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Refuse)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield {"WANDB_BASE_URL": f"http://127.0.0.1:{server.server_address[1]}"}
+    server.shutdown()
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("kind", ["away", "wrong key", "half a key", "no key"])
+def test_w_and_b_that_can_t_be_had_stops_nothing_and_its_key_is_nowhere(folder, wrong_key, kind):
+    env = {
+        "away": {"WANDB_INIT_TIMEOUT": "3"},
+        "wrong key": wrong_key,
+        "half a key": {"WANDB_API_KEY": "0123456789secret00"},
+        "no key": {"WANDB_API_KEY": "", "HOME": str(folder), "NETRC": "/dev/null"},
+    }[kind]
+    done = run("train", *NEW, "--wandb_log=True", env=env)
+    assert done.returncode == 0 and done.stdout.count("W&B failed") == 1 and "finished 4 steps" in done.stdout
+    written = "".join(p.read_text(errors="replace") for p in Path("out/new").rglob("*") if p.is_file())
+    assert "secret00" not in done.stdout + done.stderr + written and "Traceback" not in done.stderr
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("fault", [{"CXX": "/bin/false"}, {"TORCHINDUCTOR_CACHE_DIR": "/dev/null/full"}])
+def test_a_compiler_or_a_temporary_folder_that_is_not_to_be_had_makes_it_eager(folder, fault):
+    done = run("train", *NEW, "--compile=True", env={"TORCHINDUCTOR_CACHE_DIR": "cache"} | fault)
+    assert done.returncode == 0 and "going on without it" in done.stdout and "finished" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("prompt", ["", "long " * 50, "<|endoftext|>", "né 語"])
+def test_any_prompt_in_utf_8_is_continued(folder, prompt):
+    done = run("sample", f"--start={prompt}", "--max_new_tokens=3")
+    assert done.returncode == 0 and done.stdout.startswith(prompt) and len(done.stderr.splitlines()) <= 3
+    assert ("the last 16 are read" in done.stderr) == (len(prompt) > 16)
+
+
+def test_a_save_that_fails_is_tried_again(train, monkeypatch):
+    save, failing = checkpoint.save, {4, 5, 6}
+
+    def write(path, state, links=()):
+        if path.name == "ckpt.pt" and state["iter_num"] in failing:
+            raise OSError(28, "No space left on device")
+        save(path, state, links)
+
+    monkeypatch.setattr(checkpoint, "save", write)
+    monkeypatch.setattr(train_py, "RETRY_SECONDS", 0)
+    status, out, _ = train("--out_dir=out/a", "--eval_interval=4", "--max_iters=7")
+    assert status == 0 and out.count("ckpt.pt could not be written (No space left on device)") == 3
+    failing.clear()
+    assert train("--out_dir=out/b", "--eval_interval=4", "--max_iters=7")[0] == 0 and same_run("out/a", "out/b")
+    failing.add(0)
+    status, out, err = train("--out_dir=out/c")
+    assert status == 2 and "make room there" in err and "step 1/12" not in out  # at once, not after a day
+
+
+def test_best_weights_that_could_not_be_written_leave_their_rank_to_the_next(train, monkeypatch):
+    save = checkpoint.save
+
+    def write(path, state, links=()):
+        if path.name == "best.pt" and state["iter_num"] == 4:
+            raise OSError(28, "No space left on device")
+        save(path, state, links)
+
+    monkeypatch.setattr(checkpoint, "save", write)
+    losses = iter([5.0, 3.0, 4.0, 4.5])
+    monkeypatch.setattr(train_py, "evaluate", lambda *a: next(losses))
+    assert train("--out_dir=out/a")[0] == 0
+    assert checkpoint.load("out/a/best.pt")["iter_num"] == 8
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_a_validation_loss_that_is_not_finite_ends_the_run_and_replaces_nothing(train, monkeypatch, loss):
+    losses = iter([5.0, 4.0, loss])
+    monkeypatch.setattr(train_py, "evaluate", lambda *a: next(losses))
+    status, _, err = train("--out_dir=out/a")
+    assert status == 2 and "diverged at step 8" in err and len(err.splitlines()) == 1
+    assert [checkpoint.load(f"out/a/{name}.pt")["iter_num"] for name in ("ckpt", "best")] == [4, 4]
+
+
+# ---- every setting of every script ----
+
+NUMBERS = st.one_of(st.integers(), st.floats()).map(str)
+WORDS = st.sampled_from(["True", "false", "auto", "nan", "-inf", "1e3", "1_000", "0.5", "a,b", " ", "=", "０", "1e400"])
+
+
+@pytest.mark.parametrize("module", [train_py, evaluation, sample, prepare_text, prepare_wikitext103])
+@settings(max_examples=60, deadline=None, database=None)
+@given(drawn=st.data())
+def test_any_settings_are_values_or_one_line(module, drawn):
+    hints = list(module.Settings.__annotations__)
+    pairs = drawn.draw(st.lists(st.tuples(st.sampled_from(hints) | st.text(), st.text() | NUMBERS | WORDS), max_size=3))
+    argv = [f"--{key}={value}" for key, value in pairs]
+    if {"--help", "-h"} & set(argv):
+        return
+    try:
+        s = config.load(module.Settings, argv, positional="path" if module is prepare_text else "")
+        if module is train_py:
+            train_py.check(s)
+    except config.UserError as error:
+        assert str(error).strip()
+        return
+    for key, default in vars(module.Settings()).items():
+        value = getattr(s, key)
+        assert type(value) is type(default) or default == "auto" and value in (True, False, "auto")
+        assert not isinstance(value, float) or -1e400 < value < 1e400
