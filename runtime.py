@@ -140,6 +140,14 @@ def choose(device="auto", dtype="auto", compile="auto", training=False, determin
     if compile == "auto":
         compile, why = auto_compile(chosen)
         reasons.append(why)
+    if training or compile:
+        try:
+            import torch._dynamo  # noqa: F401  torch's optimizers load it too, and it makes its cache folder on loading
+        except OSError as error:
+            raise RuntimeChoiceError(
+                f"torch can't make its cache folder ({error}); make room there, or name another by "
+                "TORCHINDUCTOR_CACHE_DIR=PATH in the environment"
+            ) from None
     line = f"device {chosen}, dtype {dtype}, compile {compile}"
     line += f", {world_size} processes" if world_size > 1 else ""
     line += f" ({'; '.join(reasons)})" if reasons else ""
