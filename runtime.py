@@ -142,7 +142,7 @@ def choose(device="auto", dtype="auto", compile="auto", training=False, determin
         reasons.append(why)
     if training or compile:
         try:
-            import torch._dynamo  # noqa: F401  torch's optimizers load it too, and it makes its cache folder on loading
+            from torch import _dynamo  # noqa: F401  torch's optimizers load it too, and it makes its cache folder on loading
         except OSError as error:
             raise RuntimeChoiceError(
                 f"torch can't make its cache folder ({error}); make room there, or name another by "
