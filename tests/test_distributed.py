@@ -2,11 +2,14 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import pytest
 from conftest import TINY
 
 import checkpoint
@@ -17,10 +20,17 @@ ARGS = [*TINY, "--max_iters=20", "--gradient_accumulation_steps=4", "--eval_inte
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-def launch(*args):
+def launch(*args, settings=(), **more):
     """torchrun's own module, as a process."""
-    command = [sys.executable, "-m", "torch.distributed.run", *args, str(ROOT / "train.py"), *ARGS]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENV)
+    command = [sys.executable, "-m", "torch.distributed.run", *args, str(ROOT / "train.py"), *ARGS, *settings]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENV, **more)
+
+
+def finish(*args, settings=()):
+    process = launch(*args, settings=settings)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    return output
 
 
 def losses(out):
@@ -39,18 +49,82 @@ def free_port():
         return s.getsockname()[1]
 
 
-def test_two_processes_train_as_one_does(train):
-    """20 steps with dropout and accumulation. The sums are taken in another order, so float32 rounding may differ."""
-    assert train(*ARGS[len(TINY) :], "--out_dir=out/one")[0] == 0
-    process = launch("--standalone", "--nproc_per_node=2")
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, output
-    assert "2 processes" in output and output.count("step 20/20") == 1  # one of them speaks
+def check_equal(what):
+    """Losses, norms and weights of out/one and of out. Another order of the sums may round them differently."""
     pairs = list(zip(losses("out/one"), losses("out"), strict=True))
     assert len(pairs) == 20 + 20 + 3
     worst = max(abs(a - b) for a, b in pairs)
-    print(f"largest difference of losses and norms {worst:.1e}, of weights {difference('out/one', 'out'):.1e}")
+    print(f"{what}: largest difference of losses and norms {worst:.1e}, of weights {difference('out/one', 'out'):.1e}")
     assert worst < 1e-4 and difference("out/one", "out") < 1e-4
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_several_processes_train_as_one_does(train, processes):
+    """20 steps with dropout and accumulation."""
+    assert train(*ARGS[len(TINY) :], "--out_dir=out/one")[0] == 0
+    output = finish("--standalone", f"--nproc_per_node={processes}")
+    assert f"{processes} processes" in output and output.count("step 20/20") == 1  # one of them speaks
+    check_equal(f"{processes} processes")
+
+
+@pytest.mark.stress
+def test_a_run_changes_its_number_of_processes_at_a_resume(train):
+    assert train(*ARGS[len(TINY) :], "--out_dir=out/one")[0] == 0
+    until = [f"--max_iters={n}" for n in (8, 14)]
+    finish("--standalone", "--nproc_per_node=2", settings=[until[0], "--lr_decay_iters=20"])
+    assert train(*ARGS[len(TINY) :], until[1], "--lr_decay_iters=20")[0] == 0
+    finish("--standalone", "--nproc_per_node=2")
+    rows = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
+    Path("out/metrics.jsonl").write_text(  # without the evaluations at the two ends, which the one run had not
+        "".join(json.dumps({k: v for k, v in r.items() if k != "val_loss" or r["step"] % 10 == 0}) + "\n" for r in rows)
+    )
+    check_equal("two, one and two processes")
+
+
+def workers(launcher):
+    """The process ids of a launcher's workers, once they train."""
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
+    for line in launcher.stdout:
+        if line.startswith("step 4/"):
+            return [int(pid) for pid in children.read_text().split()]
+    raise AssertionError("it never trained")
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_dead_process_ends_the_others_and_torchrun_s_restart_goes_on(corpus, rank):
+    """To the very bits of two processes that lived."""
+    more = ["--eval_interval=2", "--max_iters=600", "--eval_iters=1", "--log_interval=2"]
+    finish("--standalone", "--nproc_per_node=2", settings=[*more, "--out_dir=out/whole"])
+    process = launch("--standalone", "--nproc_per_node=2", "--max-restarts=2", settings=more)
+    victims = workers(process)
+    os.kill(victims[rank], signal.SIGKILL)
+    began = time.monotonic()
+    for line in process.stdout:
+        if "resuming out/ckpt.pt" in line:
+            break
+    assert time.monotonic() - began < 60
+    rest, _ = process.communicate(timeout=240)
+    assert process.returncode == 0 and "finished 600 steps" in rest
+    assert difference("out/whole", "out") == 0 and losses("out/whole") == losses("out")
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_torchrun_stops_all_together_with_a_checkpoint(corpus, number):
+    more = ["--eval_interval=300", "--max_iters=800", "--eval_iters=1", "--log_interval=2"]
+    finish("--standalone", "--nproc_per_node=2", settings=[*more, "--out_dir=out/whole"])
+    process = launch("--standalone", "--nproc_per_node=2", settings=more, start_new_session=True)
+    workers(process)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # Ctrl-C in a terminal reaches them all
+    else:
+        process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode != 0 and output.count("stopped by a signal after step") == 1, output
+    assert 0 < checkpoint.load("out/ckpt.pt")["iter_num"] < 800
+    assert "resuming" in finish("--standalone", "--nproc_per_node=2", settings=more)
+    assert difference("out/whole", "out") == 0 and losses("out/whole") == losses("out")
 
 
 def test_two_launchers_meet_at_a_rendezvous(train):
