@@ -12,11 +12,12 @@ import importlib.util
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
 import time
-from collections import Counter, deque
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,6 +25,7 @@ import numpy as np
 
 ENDOFTEXT = "<|endoftext|>"
 SPLITS = ("train", "val", "test")
+TOKEN_FILES = (*SPLITS, "val_lm_eval", "test_lm_eval")  # the last two: the pages of the protocol `lm_eval`
 COUNTS = ("tokens", "documents", "words", "lines", "bytes")  # of a split, in meta.json
 PIECE = 1 << 20  # bytes of text that one call of a tokenizer gets
 
@@ -201,29 +203,38 @@ def count_words(text):
 
 
 def encode_pieces(tok, dtype, pieces):
-    """[(split, text, begins a document, ends one)] -> {split: (ids, counts)}; runs in a thread."""
+    """[(split, text, begins a document, ends one, known)] -> {split: (ids, [counts of a piece])}; runs in a thread."""
     found = {}
-    for split, text, begins, ends in pieces:
-        ids, counts = found.setdefault(split, ([], Counter()))
+    for split, text, begins, ends, known in pieces:
+        ids, counted = found.setdefault(split, ([], []))
         encoded = tok.encode(text).astype(dtype)
         ids += [np.array([tok.eot], dtype), encoded] if begins else [encoded]
-        counts["tokens"] += len(encoded)
-        counts["documents"] += begins
-        counts["words"] += count_words(text)
-        counts["lines"] += text.count("\n") + (ends and text[-1:] not in ("", "\n"))
-        counts["bytes"] += len(text) if text.isascii() else len(text.encode())
-    return {split: (np.concatenate(ids), counts) for split, (ids, counts) in found.items()}
+        counts = {
+            "tokens": len(encoded),
+            "documents": int(begins),
+            "words": count_words(text),
+            "lines": text.count("\n") + (ends and text[-1:] not in ("", "\n")),
+            "bytes": len(text) if text.isascii() else len(text.encode()),
+        }
+        counted.append(counts | known)
+    return {split: (np.concatenate(ids), counted) for split, (ids, counted) in found.items()}
+
+
+def add_counts(total, counts):
+    """Add to `total` in place. What is not known of a part, None, is not known of the whole."""
+    for k, v in counts.items():
+        total[k] = None if v is None or total.get(k, 0) is None else total.get(k, 0) + v
 
 
 def encode_into(folder, name, tok, pieces, total_bytes, threads):
-    """Encode `pieces` into the token files of a folder. Returns (their dtype, {split: counts and sha256}).
+    """Encode `pieces` into the token files of a folder. Returns (their dtype, {split: its entry in meta.json}).
 
     Reading, encoding and writing overlap, with a bounded number of pieces in memory.
     """
     from tqdm import tqdm
 
     dtype = np.dtype("<u2") if tok.vocab_size <= 1 << 16 else np.dtype("<u4")
-    files, hashes, totals, queue, began = {}, {}, {}, deque(), time.perf_counter()
+    files, hashes, totals, documents, queue, began = {}, {}, {}, {}, deque(), time.perf_counter()
     with contextlib.ExitStack() as stack:
         # None: no bar in a log file, where the line at the end tells as much
         bar = stack.enter_context(tqdm(total=total_bytes, unit="B", unit_scale=True, desc=name, disable=None))
@@ -237,16 +248,20 @@ def encode_into(folder, name, tok, pieces, total_bytes, threads):
             for split, (ids, counted) in queue.popleft().result().items():
                 if split not in files:
                     files[split] = stack.enter_context(open(folder / f"{split}.bin", "wb"))
-                    hashes[split], totals[split] = hashlib.sha256(), Counter()
+                    hashes[split], totals[split], documents[split] = hashlib.sha256(), {}, []
                 files[split].write(ids.data)
                 hashes[split].update(ids.data)
-                totals[split].update(counted)
-                bar.update(counted["bytes"])
+                for counts in counted:
+                    add_counts(totals[split], counts)
+                    bar.update(counts["bytes"] or 0)
+                    if split != "train":  # which may have millions of documents, and is not what figures are given of
+                        documents[split] += [{}] if counts["documents"] else []
+                        add_counts(documents[split][-1], counts)
             bar.set_postfix_str(rate(), refresh=False)
 
         group, size, begins = [], 0, True
-        for split, text, is_last in pieces:
-            group.append((split, text, begins, is_last))
+        for split, text, is_last, *known in pieces:
+            group.append((split, text, begins, is_last, *(known or [{}])))
             size, begins = size + len(text), is_last
             if size >= PIECE:
                 queue.append(pool.submit(encode_pieces, tok, dtype, group))
@@ -261,15 +276,20 @@ def encode_into(folder, name, tok, pieces, total_bytes, threads):
             f.flush()
             os.fsync(f.fileno())
     print(f"encoded in {time.perf_counter() - began:.1f} s, {rate()}")
-    found = [split for split in SPLITS if split in totals]
-    return dtype, {s: {k: totals[s][k] for k in COUNTS} | {"sha256": hashes[s].hexdigest()} for s in found}
+    splits = {}
+    for split in (s for s in TOKEN_FILES if s in totals):
+        splits[split] = {k: totals[split][k] for k in COUNTS} | {"sha256": hashes[split].hexdigest()}
+        if documents[split]:
+            known = [k for k in ("words", "lines", "bytes") if totals[split][k] is not None]
+            splits[split]["per_document"] = {k: [d[k] for d in documents[split]] for k in known}
+    return dtype, splits
 
 
-def write(name, tok, pieces, total_bytes, counts=None, accept=None, root="data", threads=0):
+def write(name, tok, pieces, total_bytes, accept=None, root="data", threads=0):
     """Encode `pieces`, an iterable of (split, text, is_last), into data/NAME. Returns its meta.
 
-    `counts` {split: {...}} replaces what would be counted from the text. The folder appears, or its files are replaced,
-    only when everything is on disk and accept(meta), which may raise, has returned.
+    A fourth member, {"lines": 3}, replaces what would be counted from the text; None is "not known". The folder
+    appears, or its files are replaced, only when everything is on disk and accept(meta), which may raise, has returned.
     """
     folder = Path(os.path.realpath(Path(root, name)))  # it may be a link to a larger disk
     partial = folder.with_name(f".{folder.name}.partial")
@@ -279,12 +299,11 @@ def write(name, tok, pieces, total_bytes, counts=None, accept=None, root="data",
         dtype, splits = encode_into(partial, name, tok, pieces, total_bytes, threads or os.cpu_count())
         if not splits:
             raise DataError(f"there is no text to make data/{name} of")
-        splits = {split: found | (counts or {}).get(split, {}) for split, found in splits.items()}
         meta = {"tokenizer": tok.spec, "vocab_size": tok.vocab_size, "dtype": dtype.name, "splits": splits}
         if accept:
             accept(meta)
         with open(partial / "meta.json", "w", encoding="utf-8") as f:
-            json.dump(meta, f, indent=2)
+            f.write(re.sub(r"\[[^]]*\]", lambda m: " ".join(m[0].split()), json.dumps(meta, indent=2)))  # a list a line
             f.flush()
             os.fsync(f.fileno())
         if not folder.exists():
@@ -294,7 +313,7 @@ def write(name, tok, pieces, total_bytes, counts=None, accept=None, root="data",
         # that a replacement cut short in between is refused and not taken for either dataset.
         for file in ["meta.json", *(f"{split}.bin" for split in splits)]:
             os.replace(partial / file, folder / file)
-        for split in set(SPLITS) - set(splits):
+        for split in set(TOKEN_FILES) - set(splits):
             (folder / f"{split}.bin").unlink(missing_ok=True)
         return meta
     finally:
@@ -306,7 +325,7 @@ def summary(name, meta):
     lines = [f"data/{name}: tokenizer {meta['tokenizer'].partition(':')[0]}, {meta['vocab_size']:,} ids"]
     for split, c in meta["splits"].items():
         facts = [f"{c[k]:,} {k}" for k in COUNTS if c[k] is not None]
-        lines.append(f"  {split:5s} {', '.join(facts)}")
+        lines.append(f"  {split:12s} {', '.join(facts)}")
     return "\n".join(lines)
 
 
@@ -347,7 +366,7 @@ class Dataset:
 
     def __init__(self, name, root="data"):
         self.name, self.folder = name, Path(root, name)
-        self.paths = {s: p for s in SPLITS if (p := self.folder / f"{s}.bin").is_file()}
+        self.paths = {s: p for s in TOKEN_FILES if (p := self.folder / f"{s}.bin").is_file()}
         meta_path = self.folder / "meta.json"
         if not self.paths and not meta_path.exists():
             known = ", ".join(names(root)) or "none yet"
@@ -363,6 +382,9 @@ class Dataset:
                 counts = [c[k] for c in self.splits.values() for k in COUNTS]
                 if self.dtype.kind != "u" or not all(c is None or c >= 0 for c in counts):
                     raise ValueError("impossible values")
+                for c in self.splits.values():
+                    if any(len(column) != c["documents"] for column in c.get("per_document", {}).values()):
+                        raise ValueError("counts of other documents")
             except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
                 raise DataError(
                     f"{meta_path} is not readable as a dataset's meta.json ({type(error).__name__}: {error}); "
@@ -413,6 +435,17 @@ class Dataset:
         self.verify(split)
         tokens = self.tokens(split)
         return np.asarray(tokens[tokens != self.eot] if self.eot >= 0 else tokens)
+
+    def document_ids(self, split):
+        """The ids of a split with one end-of-text before each document, verified and in memory.
+
+        nanoGPT puts it behind each one: there the first gets one too. Raises DataError where none is known.
+        """
+        if self.eot < 0:
+            raise DataError(f"{self.folder} has no end-of-text that would part documents; --protocol=stream needs none")
+        self.verify(split)
+        tokens = np.asarray(self.tokens(split))
+        return tokens if tokens[0] == self.eot else np.concatenate([np.array([self.eot], tokens.dtype), tokens])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -506,10 +539,24 @@ def stream_windows(n, block_size, stride=0):
     return windows
 
 
-def window_batch(ids, windows, block_size):
-    """Inputs and targets of some windows, int64 (len(windows), block_size) each; a target that does not count is -1."""
-    x = np.zeros((len(windows), block_size), np.int64)
-    y = np.full((len(windows), block_size), -1, np.int64)
+def document_windows(ids, eot, block_size):
+    """The windows of the protocols `documents` and `lm_eval`, as stream_windows has them; each id but `eot` counts once.
+
+    ids begins with an end-of-text and has one before each document. A document's first window reads it; a later one
+    reads block_size ids, those before its targets, so that a short last one overlaps with the window before it.
+    """
+    windows, starts = [], np.flatnonzero(ids == eot).tolist()
+    for start, stop in zip(starts, [*starts[1:], len(ids)], strict=True):
+        for first in range(start + 1, stop, block_size):
+            end = min(first + block_size, stop)
+            windows.append((max(start, end - 1 - block_size), end, first))
+    return windows
+
+
+def window_batch(ids, windows, width):
+    """Inputs and targets of some windows, int64 (len(windows), width) each; a target that does not count is -1."""
+    x = np.zeros((len(windows), width), np.int64)
+    y = np.full((len(windows), width), -1, np.int64)
     for row, (begin, end, first) in enumerate(windows):
         x[row, : end - 1 - begin] = ids[begin : end - 1]
         y[row, first - 1 - begin : end - 1 - begin] = ids[first:end]

@@ -5,11 +5,12 @@
     python prepare_wikitext103.py --source=wikitext/                    a folder of the hub's parquet files
 
 What is read must be WikiText-103 whole: its rows, words and tokens are compared with the published counts.
+val_lm_eval.bin and test_lm_eval.bin are the same pages as lm-evaluation-harness's task `wikitext` scores them.
 """
 
 import io
+import re
 import zipfile
-from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,9 @@ PUBLISHED = {
     "train": {"lines": 1_801_350, "words": 101_425_671, "tokens": 117_920_140},
     "val": {"lines": 3_760, "words": 213_886, "tokens": 247_289},
     "test": {"lines": 4_358, "words": 241_211, "tokens": 283_287},
+    # A page's words as the harness counts them: its two ends are words too. Bytes: of the raw lines.
+    "val_lm_eval": {"documents": 60, "words": 213_886 + 2 * 60, "bytes": 1_146_785},
+    "test_lm_eval": {"documents": 62, "words": 241_211 + 2 * 62, "bytes": 1_290_527},
 }
 
 
@@ -123,17 +127,60 @@ def is_title(row):
     return row.startswith("= ") and row.endswith(" =")
 
 
-def pages(rows, count):
-    """The rows of each page, joined; count["lines"] becomes the number of rows."""
+def pages(rows):
+    """The rows of each page, a list of lists. Blank rows before the first title belong to the first page."""
     page = []
     for row in rows:
-        count["lines"] += 1
         if is_title(row) and any(page):
-            yield "".join(page)
+            yield page
             page = []
         page.append(row)
     if any(page):
-        yield "".join(page)
+        yield page
+
+
+def page_pieces(split, rows):
+    """What data.write takes of a split: its pages, and but for train's the pages that `lm_eval` scores.
+
+    Blank rows are empty, so that a page's text does not show how many lines it has.
+    """
+    harness = []
+    for page in pages(rows):
+        yield split, "".join(page), True, {"lines": len(page)}
+        if split != "train":
+            harness.append(page)
+    for i, page in enumerate(harness):
+        yield f"{split}_lm_eval", *harness_page(page, is_first=i == 0, is_last=i == len(harness) - 1)
+
+
+# ---- the task `wikitext`, version 2, of lm-evaluation-harness ----
+
+
+def harness_page(page, is_first, is_last):
+    """(text, True, counts) of a page's rows: detokenized, but with the words and bytes of before, as the task has it."""
+    if is_first:  # which begins with its title there
+        page = page[next((i for i, row in enumerate(page) if is_title(row)), 0) :]
+    raw = "".join(row or " \n" for row in page)
+    raw = raw if is_last else raw.removesuffix("\n")  # lines are joined; after the last one comes an empty one
+    counts = {"words": len(re.split(r"\s+", raw)), "lines": None, "bytes": len(raw.encode())}
+    return detokenize(raw), True, counts
+
+
+def detokenize(text):
+    """WikiText's spaced-out marks as people write them, step by step as the harness does, oddities included."""
+    text = text.replace("s '", "s'")
+    text = re.sub("/' [0-9]/", "/'[0-9]/", text)  # a slip there; no page has it
+    for mark in "-,.":
+        text = text.replace(f" @{mark}@ ", mark)
+    for mark in ":;.!?,":
+        text = text.replace(f" {mark} ", f"{mark} ")
+    for left, right in ("()", "[]", "{}", '""', "''"):
+        text = re.sub(rf"\{left}\s*([^\{right}]*?)\s*\{right}", rf"{left}\1{right}", text)
+    for before, after in [("= = = =", "===="), ("= = =", "==="), ("= =", "=="), (" ° ", "°")]:
+        text = text.replace(before, after)
+    for before, after in [(" \n", "\n"), ("\n ", "\n"), (" N ", " 1 "), (" 's", "'s")]:
+        text = text.replace(before, after)
+    return text
 
 
 def compare(splits, check):
@@ -160,27 +207,23 @@ def main():
             sources = open_source(s.source) if s.source else open_hub()
         if not sources:
             raise config.UserError(f"--source={s.source} has neither wiki.*.raw nor the hub's *.parquet files")
-        if missing := " and ".join(split for split in PUBLISHED if split not in sources):
+        if missing := " and ".join(split for split in data.SPLITS if split not in sources):
             if s.check:
                 raise config.UserError(f"there is no {missing} split; --check=False prepares the part that is there")
             print(f"left out, since not there: {missing}")
-        rows = {split: Counter() for split in sources}
 
         def pieces():
             with one_line(s.source):
                 for split, (_, open_rows) in sources.items():
-                    for page in pages(open_rows(), rows[split]):
-                        yield split, page, True
+                    yield from page_pieces(split, open_rows())
 
-        total = sum(size for size, _ in sources.values())
-        # Blank rows are empty, so that a page's text does not show how many there were.
+        total = sum(size if split == "train" else 2 * size for split, (size, _) in sources.items())
         meta = data.write(
             "wikitext103",
             data.Gpt2Tokenizer(),
             pieces(),
             total,
             threads=s.threads,
-            counts=rows,
             accept=lambda meta: compare(meta["splits"], s.check),
         )
     print(data.summary("wikitext103", meta))

@@ -374,6 +374,9 @@ def test_written_files_are_those_of_the_slow_way(cwd, gpt2, kind):
         content = Path(f"data/d/{split}.bin").read_bytes()
         ids = [i for t in texts for i in (tok.eot, *tok.encode(t).tolist())]
         assert content == b"".join(i.to_bytes(4 if kind == "wide" else 2, "little") for i in ids)
+        each = [slow_counts(tok, [text]) for text in texts]
+        found = entry.pop("per_document") if split != "train" else {}
+        assert found == {k: [counts[k] for counts in each] for k in COUNTS[2:] if split != "train"}
         assert entry == slow_counts(tok, texts) | {"sha256": hashlib.sha256(content).hexdigest()}
         assert dataset.tokens(split).tolist() == ids
         assert dataset.verify(split) == entry["sha256"]
@@ -422,10 +425,23 @@ def test_wikitexts_counts_are_the_published_ones(cwd, gpt2):
 
 
 def test_given_counts_replace_those_of_the_text(cwd):
-    counted, meta = write(DOCUMENTS), write(DOCUMENTS, counts={"val": {"words": 5, "bytes": None}})
-    counted["splits"]["val"] |= {"words": 5, "bytes": None}
-    assert meta == counted == json.loads(Path("data/d/meta.json").read_text())
-    assert data.summary("d", meta).splitlines()[2].endswith("5 words, 3 lines")
+    pieces = [
+        ("val", "a b\n", False, {"words": 7}),
+        ("val", "c\n", True),
+        ("val", "d", True, {"lines": 3, "bytes": None}),
+    ]
+    meta = data.write("d", data.BytesTokenizer(), pieces, 1)
+    assert meta == json.loads(Path("data/d/meta.json").read_text())
+    assert [meta["splits"]["val"][k] for k in COUNTS] == [7, 2, 9, 5, None]
+    assert meta["splits"]["val"]["per_document"] == {"words": [8, 1], "lines": [2, 3]}
+    assert data.summary("d", meta).splitlines()[1].endswith("9 words, 5 lines")
+
+
+def test_counts_of_other_documents_are_refused(cwd):
+    meta = write(DOCUMENTS)
+    meta["splits"]["val"]["per_document"]["words"].append(1)
+    Path("data/d/meta.json").write_text(json.dumps(meta))
+    assert "counts of other documents" in refusal(data.Dataset, "d")
 
 
 class Slow(data.BytesTokenizer):
@@ -912,6 +928,52 @@ def test_strided_windows_are_those_of_transformers_guide(n, block_size, stride):
     windows = data.stream_windows(n, block_size, stride)
     ours = [(list(range(begin, i)), i) for begin, end, first in windows for i in range(first, end)]
     assert ours == windows_of_transformers_guide(n, block_size, stride)
+
+
+lengths = st.lists(st.integers(0, 50), max_size=6)
+EOT = 256
+
+
+def documents_of(lengths):
+    """Documents of ids that are all different from EOT, and the row of them as a token file has it."""
+    documents = [np.arange(n) + 300 for n in lengths]
+    return documents, np.array([i for d in documents for i in (EOT, *d)] or [EOT], np.uint16)
+
+
+@settings(quick, max_examples=300)
+@given(lengths=lengths, block_size=st.integers(1, 20))
+def test_documents_have_each_id_but_their_end_of_text_scored_once(lengths, block_size):
+    documents, ids = documents_of(lengths)
+    windows = data.document_windows(ids, EOT, block_size)
+    scored = [i for _, end, first in windows for i in range(first, end)]
+    assert scored == [i for i, token in enumerate(ids) if token != EOT]
+    for begin, end, first in windows:
+        assert begin < first < end <= begin + block_size + 1
+        assert EOT not in ids[begin + 1 : end]  # no document sees another
+        # as much context as fits: the whole of what is before, or block_size inputs
+        assert ids[begin] == EOT or end - 1 - begin == block_size
+
+
+@quick
+@given(n=st.integers(0, 60), block_size=st.integers(1, 12))
+def test_a_first_window_begins_with_the_end_of_text_and_full_ones_are_disjoint(n, block_size):
+    (document,), ids = documents_of([n])
+    windows = data.document_windows(ids, EOT, block_size)
+    assert [first for _, _, first in windows] == list(range(1, n + 1, block_size))
+    assert [begin for begin, _, _ in windows] == [max(0, min(i, n - block_size)) for i in range(0, n, block_size)]
+
+
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [([50256, 5, 50256, 6, 7], [50256, 5, 50256, 6, 7]), ([5, 50256, 6, 7, 50256], [50256, 5, 50256, 6, 7, 50256])],
+)
+def test_nanogpts_end_of_texts_come_after_documents(cwd, ids, expected):
+    Path("data/d").mkdir(parents=True)
+    np.array(ids, "<u2").tofile("data/d/val.bin")
+    found = data.Dataset("d").document_ids("val")
+    assert found.tolist() == expected
+    windows = data.document_windows(found, 50256, 8)
+    assert [found[begin:end].tolist() for begin, end, _ in windows] == [[50256, 5], [50256, 6, 7]]
 
 
 @quick

@@ -61,6 +61,20 @@ def check_dataset(rows=ROWS):
         begins = np.flatnonzero(dataset.tokens(split) == tok.eot)
         assert len(begins) == 2 and begins[0] == 0
         dataset.verify(split)
+    for split in ("val", "test"):
+        assert dataset.splits[split]["per_document"]["lines"] == [len(article) for article in ARTICLES]
+        ids, found = dataset.document_ids(f"{split}_lm_eval"), dataset.splits[f"{split}_lm_eval"]
+        assert tok.decode(ids.tolist()).decode().split(data.ENDOFTEXT) == ["", *HARNESS]
+        assert [found[k] for k in data.COUNTS] == [len(ids) - 2, 2, 20 + 18, None, 75 + 60]
+        assert found["per_document"] == {"words": [20, 18], "bytes": [75, 60]}
+
+
+# What the harness's task `wikitext` makes of the two pages, by hand. Its page begins with the title's line, and the
+# newline between two pages belongs to neither.
+HARNESS = [
+    " = Valkyria =\n\nIt was-a game.\n\n== Plot ==\n\nTwo, three.\n",
+    " = Heron =\n\nA bird, of 1,5 kg.\nMore of it.\n\n\n",
+]
 
 
 def test_the_published_counts_on_the_real_validation_and_test_text(prepared):
@@ -69,10 +83,16 @@ def test_the_published_counts_on_the_real_validation_and_test_text(prepared):
     status, out, _ = prepared(f"--source={REAL}", "--check=False")
     assert status == 0 and "left out, since not there: train" in out and "warning" not in out
     splits = json.loads(Path("data/wikitext103/meta.json").read_text())["splits"]
-    facts = [(c["tokens"], c["documents"], c["words"] + c["lines"], c["bytes"]) for c in splits.values()]
+    facts = [
+        (c["tokens"], c["documents"], c["words"] + c["lines"], c["bytes"]) for c in map(splits.get, ("val", "test"))
+    ]
     assert facts == [(247_289, 60, 217_646, 1_144_248), (283_287, 62, 245_569, 1_287_656)]
+    facts = [(c["documents"], c["words"], c["lines"], c["bytes"]) for c in map(splits.get, data.TOKEN_FILES[3:])]
+    assert facts == [(60, 214_006, None, 1_146_785), (62, 241_335, None, 1_290_527)]
+    for found in splits.values():
+        assert {k: sum(v) for k, v in found["per_document"].items()} == {k: found[k] for k in found["per_document"]}
     status, out, _ = prepared(f"--source={REAL}", "--check=False")
-    assert status == 0 and "is there already (val, test)" in out
+    assert status == 0 and "is there already (val, test, val_lm_eval, test_lm_eval)" in out
 
 
 @pytest.mark.parametrize("kind", ["folder", "zip", "parquet", "whole repository"])
@@ -98,7 +118,7 @@ def test_every_source_gives_the_same_tokens(prepared, kind, tmp_path):
             (source / "wikitext-2-raw-v1" / "train-00000-of-00001.parquet").write_bytes(parquet(["no\n"]))
     status, out, err = prepared(f"--source={source}", "--check=False")
     assert status == 0, err
-    assert out.count("warning: ") == 9  # three counts of three splits are not WikiText-103's
+    assert out.count("warning: ") == 15  # three counts of five splits are not WikiText-103's
     check_dataset()
 
 
@@ -117,6 +137,7 @@ def test_a_differing_train_token_count_only_warns(prepared, tmp_path, monkeypatc
     tokens = len(data.Gpt2Tokenizer().encode("".join(ROWS)))
     facts = {"lines": len(ROWS), "words": counts(ROWS)["words"], "tokens": tokens}
     published = {"train": facts | {"tokens": tokens + 1}, "val": facts, "test": facts}
+    published |= dict.fromkeys(data.TOKEN_FILES[3:], {})
     monkeypatch.setattr(prepare, "PUBLISHED", published)
     for name in prepare.RAW.values():
         (tmp_path / name).write_bytes(raw(ROWS))
@@ -145,6 +166,24 @@ def test_a_source_that_is_none_is_one_line(prepared, tmp_path, what):
     status, _, err = prepared(f"--source={source}", "--check=False")
     last = [line for line in err.splitlines() if line and "it/s" not in line and "B/s" not in line]
     assert status == 2 and len(last) == 1 and str(source) in last[0] and not data.names()
+
+
+@pytest.mark.parametrize(
+    ("text", "detokenized"),
+    [
+        ("the dogs ' bone , it", "the dogs' bone, it"),
+        ("the dog 's bone", "the dog's bone"),
+        ("1 @,@ 000 @.@ 5 kg of half @-@ baked", "1,000.5 kg of half-baked"),
+        ("so : it ; was . it ! was ? it , was", "so: it; was. it! was? it, was"),
+        ("( a ( b ) c ) [ d ] { e } \" f g \" ' h '", "(a ( b) c ) [d] {e} \"f g\" 'h'"),
+        ("( no end", "( no end"),
+        ("= = = = = = =", "======="),
+        (" = = Two = = \n = = = Three = = = \n", " == Two ==\n=== Three ===\n"),
+        ("20 ° C , N of it , N N N", "20°C, 1 of it, 1 N N"),
+    ],
+)
+def test_pages_are_detokenized_step_by_step(text, detokenized):
+    assert prepare.detokenize(text) == detokenized
 
 
 def test_a_title_is_what_the_harness_takes_for_one():
