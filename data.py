@@ -540,7 +540,7 @@ def stream_windows(n, block_size, stride=0):
 
 
 def document_windows(ids, eot, block_size):
-    """The windows of the protocols `documents` and `lm_eval`, as stream_windows has them; each id but `eot` counts once.
+    """The windows of `documents` and `lm_eval`, as stream_windows has them; each id but `eot` counts once.
 
     ids begins with an end-of-text and has one before each document. A document's first window reads it; a later one
     reads block_size ids, those before its targets, so that a short last one overlaps with the window before it.

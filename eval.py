@@ -1,28 +1,37 @@
-"""Perplexity of a model on a split of a dataset, by a named protocol.
+"""Perplexity of a model on a split of a dataset, by named protocols.
 
     python eval.py                                     the newest run under out/, on its own dataset
-    python eval.py config/books.py --split=val
+    python eval.py config/books.py --split=val --protocol=documents
     python eval.py --init_from=gpt2 --dataset=wikitext103 --stride=512
 
 `stream`: all tokens of the split in one row, without end-of-texts, cut into windows. stride 0 (or block_size): disjoint
 windows of block_size predictions. 0 < stride < block_size: windows of block_size tokens, each stride further than the
-one before; in each only what no window scored before is scored. Every token but the first is scored exactly once.
+one before; in each only what no window scored before is scored. All tokens but the first are scored.
+`documents`: each document by itself, after one end-of-text, in windows of block_size predictions; a later window begins
+with the token before it, a short last one reaches back for context. All tokens are scored.
+`lm_eval`: the same over WikiText's pages as lm-evaluation-harness's task `wikitext` detokenizes them.
+Each of these tokens is scored exactly once. A figure's +- is its standard error over the documents.
 """
 
+import errno
 import json
 import math
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 from tqdm import tqdm
 
 import checkpoint
 import config
 import data
 import runtime
+
+PROTOCOLS = ("stream", "documents", "lm_eval")
 
 
 @dataclass
@@ -31,8 +40,9 @@ class Settings:
     init_from: str = ""  # instead of a run: a checkpoint, gpt2*, a Hugging Face folder
     dataset: str = ""  # '' is the one that the model was trained on
     split: Literal["", "train", "val", "test"] = ""  # train, val, test; '' is test where there is one, else val
+    protocol: Literal["", "stream", "documents", "lm_eval"] = ""  # stream, documents, lm_eval; '' is all that apply
     block_size: int = 0  # tokens in a window; 0 is the model's own
-    stride: int = 0  # tokens from a window to the next; 0 is block_size
+    stride: int = 0  # of stream: tokens from a window to the next; 0 is block_size
     batch_size: int = 8  # windows at once
     json: str = ""  # where the figures are written; '' is eval_SPLIT.json beside the checkpoint
     # machine
@@ -41,36 +51,146 @@ class Settings:
     compile: Literal["auto", True, False] = False  # auto, True, False: torch.compile; pays for large splits only
 
 
-def stream(model, ids, block_size, stride, batch_size, rt):
-    """(sum of -ln p in nats, tokens scored) of the `stream` protocol over ids (n,). The sum is taken in float64."""
-    windows, total, scored = data.stream_windows(len(ids), block_size, stride), 0.0, 0
-    if rt.compile:
-        runtime.compile_blocks(model, rt, batch_size, block_size)
-    for i in tqdm(range(0, len(windows), batch_size), unit="batch", leave=False, disable=not sys.stderr.isatty()):
+def read(dataset, split, protocol, block_size, stride):
+    """(ids, the windows over them, where each document begins among them) of a protocol. Raises DataError."""
+    if protocol == "stream":
+        if dataset.eot < 0:  # nothing says where documents begin
+            ids, starts = dataset.text_ids(split), np.zeros(1, np.int64)
+        else:
+            ids = dataset.document_ids(split)
+            starts = np.flatnonzero(ids == dataset.eot)
+            ids, starts = ids[ids != dataset.eot], starts - np.arange(len(starts))
+        return ids, data.stream_windows(len(ids), block_size, stride), starts
+    ids = dataset.document_ids(split if protocol == "documents" else f"{split}_lm_eval")
+    windows = data.document_windows(ids, dataset.eot, block_size)
+    windows.sort(key=lambda window: window[0] - window[1])  # the longest first, with others as long
+    return ids, windows, np.flatnonzero(ids == dataset.eot)
+
+
+def score(model, ids, windows, starts, block_size, batch_size, rt, ragged=False, name=""):
+    """(sum of -ln p in nats, the same of each document (D,), tokens scored of each (D,)) over windows of ids (n,).
+
+    The sums are taken in float64. `starts` (D,) says where documents begin. `ragged`: windows differ in length, and a
+    batch is cut to its longest.
+    """
+    total, nlls, scored = 0.0, np.zeros(len(starts)), np.zeros(len(starts), np.int64)
+    silent = not sys.stderr.isatty()
+    for i in tqdm(range(0, len(windows), batch_size), desc=name, unit="batch", leave=False, disable=silent):
         part = windows[i : i + batch_size]
         part += [(0, 1, 1)] * (batch_size - len(part) if rt.compile else 0)  # one shape, compiled once
+        width = max(end - 1 - begin for begin, end, _ in part) if ragged and not rt.compile else block_size
         with rt.autocast():
-            nll = model.nll(*rt.to_device(*data.window_batch(ids, part, block_size)))
-        total, scored = total + nll.cpu().double().sum().item(), scored + len(nll)
-    assert scored == len(ids) - 1, f"{scored} tokens scored of {len(ids) - 1}"
-    return total, scored
+            nll = model.nll(*rt.to_device(*data.window_batch(ids, part, width))).cpu().double()
+        targets = np.concatenate([np.arange(first, end) for _, end, first in part])
+        document = np.searchsorted(starts, targets, side="right") - 1
+        np.add.at(nlls, document, nll.numpy())
+        np.add.at(scored, document, 1)
+        total += nll.sum().item()
+    return total, nlls, scored
 
 
-def figures(nll, scored, counts):
-    """Perplexities and bits per byte of a sum in nats, from a split's counts; None where a count is not known."""
-    words = counts["words"] + counts["lines"] if None not in (counts["words"], counts["lines"]) else None
-    byte = nll / counts["bytes"] if counts["bytes"] else None
+# ---- figures ----
+
+
+def units(protocol, counts, scored):
+    """What each figure is per: {figure: number, None where not known}, or arrays (D,) of the documents'."""
+    words, lines = counts.get("words"), counts.get("lines")
+    if protocol == "stream":  # where a line's end is a word, as in the vocabularies of the word-level papers
+        words = None if words is None or lines is None else words + lines
     return {
-        "token_ppl": exp(nll / scored),
-        "word_ppl": exp(nll / words) if words else None,
-        "byte_ppl": None if byte is None else exp(byte),
-        "bits_per_byte": None if byte is None else byte / math.log(2),
+        "token_ppl": scored,
+        "word_ppl": words,
+        "byte_ppl": counts.get("bytes"),
+        "bits_per_byte": counts.get("bytes"),
     }
+
+
+def figures(nll, per):
+    """Perplexities and bits per byte of a sum in nats; None where a count is not known."""
+    return {
+        figure: None if not n else nll / n / math.log(2) if figure == "bits_per_byte" else exp(nll / n)
+        for figure, n in per.items()
+    }
+
+
+def standard_errors(found, nlls, per):
+    """The standard error of each of the figures `found`, from the nats nlls (D,) and the units (D,) of documents.
+
+    A figure is a function of the ratio R = sum(nll) / sum(units). Documents being drawn independently, the error of R
+    is sqrt(D / (D - 1) * sum((nll_d - R units_d)^2)) / sum(units) (Cochran 1977, 6.4), that of exp(R) by the delta
+    method exp(R) times that. None where there are not two documents, or not their counts.
+    """
+    errors, D = {}, len(nlls)
+    for figure, value in found.items():
+        if value is None or per[figure] is None or D < 2:
+            errors[figure] = None
+            continue
+        n = per[figure].sum()
+        residuals = nlls - nlls.sum() / n * per[figure]
+        error = math.sqrt(D / (D - 1) * (residuals**2).sum()) / n
+        errors[figure] = error / math.log(2) if figure == "bits_per_byte" else error * value
+    return errors
 
 
 def exp(x):
     """e^x; None where it is beyond a float64, which JSON could not hold either."""
     return math.exp(x) if x < 709 else None
+
+
+def evaluate(model, dataset, split, protocol, block_size, stride, batch_size, rt):
+    """One entry of the report's results. Raises DataError, and UserError where there is nothing to score."""
+    ids, windows, starts = read(dataset, split, protocol, block_size, stride)
+    if not windows:
+        raise config.UserError(f"{dataset.folder} has {len(ids)} tokens in {split}; there is nothing to score")
+    ragged = protocol != "stream"
+    nll, nlls, each = score(model, ids, windows, starts, block_size, batch_size, rt, ragged, protocol)
+    scored, expected = int(each.sum()), len(ids) - (len(starts) if protocol != "stream" else 1)
+    assert scored == expected, f"{scored} tokens scored of {expected}"
+    counts = dataset.splits[f"{split}_lm_eval" if protocol == "lm_eval" else split]
+    found = figures(nll, units(protocol, counts, scored))
+    columns = {k: np.array(v) for k, v in counts.get("per_document", {}).items()}
+    return {
+        "protocol": protocol,
+        "block_size": block_size,
+        "stride": stride if protocol == "stream" else 0,
+        "tokens_scored": scored,
+        "nll": nll,
+        **found,
+        "documents": len(starts),
+        "standard_error": standard_errors(found, nlls, units(protocol, columns, each)),
+    }
+
+
+def which_protocols(wanted, dataset, split):
+    """The protocols to evaluate by: the one that is wanted, or all that the dataset has text for."""
+    if wanted:
+        if wanted == "lm_eval" and f"{split}_lm_eval" not in dataset.paths:
+            raise config.UserError(lacks_lm_eval(dataset, split))
+        return [wanted]
+    if dataset.name == "wikitext103" and split != "train" and f"{split}_lm_eval" not in dataset.paths:
+        print(lacks_lm_eval(dataset, split), file=sys.stderr)
+    return [
+        protocol
+        for protocol, has in zip(PROTOCOLS, (True, dataset.eot >= 0, f"{split}_lm_eval" in dataset.paths), strict=True)
+        if has
+    ]
+
+
+def lacks_lm_eval(dataset, split):
+    remedy = "that protocol is WikiText's val and test; here take stream or documents"
+    if dataset.name == "wikitext103" and split != "train":
+        remedy = "remove the folder and run python prepare_wikitext103.py, which writes it now"
+    return f"{dataset.folder} has no {split}_lm_eval.bin for lm_eval: {remedy}"
+
+
+def check_writable(path):
+    """Raise UserError where a file cannot be written, before hours are spent on what it should hold."""
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise config.UserError(f"{path} can't be written ({error.strerror}); --json=PATH names another") from None
 
 
 def main():
@@ -98,31 +218,34 @@ def main():
         raise config.UserError(f"stride={s.stride} is more than block_size={T} and would leave out tokens; take less")
     if 0 < s.stride == T:
         s.stride = 0
-    ids, counts = dataset.text_ids(split), dataset.splits[split]
-    if len(ids) < 2:
-        raise config.UserError(f"data/{name} has {len(ids)} tokens in {split}; there is nothing to score")
+    path = Path(s.json) if s.json else opened.path and opened.path.with_name(f"eval_{split}.json")
+    if path:
+        check_writable(path)
+    dataset.tokens(split)  # which says what there is, if not this
+    protocols = which_protocols(s.protocol, dataset, split)
 
     size = f"{model.num_params() / 1e6:.1f} M parameters"
     print(f"{opened.name}: {size}, step {opened.iter_num:,}; {rt.why}", file=sys.stderr)
-    began = time.perf_counter()
+    report, began = {"model": opened.name, "dataset": name, "split": split, "results": []}, time.perf_counter()
     with runtime.memory_advice(f" with batch_size={s.batch_size}; take a smaller --batch_size"):
-        nll, scored = stream(model, ids, T, s.stride, s.batch_size, rt)
-    seconds = time.perf_counter() - began
-    if not math.isfinite(nll):
-        raise config.UserError(f"{opened.name} gives no finite loss on this text; its weights have diverged")
-    result = {"protocol": "stream", "block_size": T, "stride": s.stride, "tokens_scored": scored, "nll": nll}
-    result |= figures(nll, scored, counts)
-    report = {"model": opened.name, "dataset": name, "split": split, "results": [result]}
+        if rt.compile:
+            runtime.compile_blocks(model, rt, s.batch_size, T)
+        for protocol in protocols:
+            result = evaluate(model, dataset, split, protocol, T, s.stride, s.batch_size, rt)
+            if not math.isfinite(result["nll"]):
+                raise config.UserError(f"{opened.name} gives no finite loss on this text; its weights have diverged")
+            report["results"].append(result)
+    rate = sum(r["tokens_scored"] for r in report["results"]) / (time.perf_counter() - began)
 
     print(f"\n{name}, {split} split, {opened.name}\n")
-    print(table(report["results"]))
-    strided, plain = f"windows of {T:,} tokens, each {s.stride:,} further", f"disjoint windows of {T:,} predictions"
-    print(f"\nstream: every token but the first scored once, {strided if s.stride else plain}; end-of-texts left out.")
-    if counts["words"] is not None:
-        words, lines = counts["words"], counts["lines"]
-        print(f"Word perplexity over {words:,} words + {lines:,} lines, bits per byte over {counts['bytes']:,} bytes.")
-    print(f"{scored / seconds:,.0f} tokens/s", file=sys.stderr)
-    path = Path(s.json) if s.json else opened.path and opened.path.with_name(f"eval_{split}.json")
+    is_wikitext = spec == "gpt2" and {k: dataset.splits[split][k] for k in WIKITEXT_TEST} == WIKITEXT_TEST
+    print(table(report["results"], opened.name, PUBLISHED if is_wikitext else ()))
+    print()
+    for protocol in protocols:
+        counts = dataset.splits[f"{split}_lm_eval" if protocol == "lm_eval" else split]
+        print(explain(protocol, T, s.stride, counts))
+    print("+- is the standard error over the documents. Compare a figure within its column and its protocol only.")
+    print(f"{rate:,.0f} tokens/s", file=sys.stderr)
     if path:
         try:
             path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -131,18 +254,62 @@ def main():
         print(f"{path} has the figures at full precision", file=sys.stderr)
 
 
-def table(results):
-    """The figures of several protocols as lines of text; a dash is a figure whose count is not known."""
-    head = ("protocol", "block", "stride", "tokens scored", "token ppl", "word ppl", "bits per byte")
-    rows = [head]
+# ---- what is printed ----
+
+# WikiText's test text is known by its counts; figures that others published of it with GPT-2's tokens, by protocol.
+WIKITEXT_TEST = {"tokens": 283_287, "words": 241_211, "lines": 4_358, "bytes": 1_287_656}
+PUBLISHED = (
+    ("stream", "Transformer, 125 M, from scratch (Hyena paper, table 4.3)", {"token_ppl": 18.6}),
+    ("stream", "Hyena-3-slim, 125 M, and hybrid H3, 125 M (the same)", {"token_ppl": 18.5}),
+    ("stream", "Hyena-S5 (S5 repository)", {"token_ppl": 18.3}),
+    ("stream", "GPT-2 small, 124 M, from scratch (Monarch paper)", {"token_ppl": 20.6}),
+    (
+        "lm_eval",
+        "GPT-2 small, 124 M, zero-shot, block 1,024 (published runs of the task)",
+        {"word_ppl": 37.3698, "byte_ppl": 1.9682, "bits_per_byte": 0.9769},
+    ),
+)
+FORMATS = {"token_ppl": ",.4f", "word_ppl": ",.4f", "byte_ppl": ",.4f", "bits_per_byte": ".4f"}
+
+
+def table(results, model, published=()):
+    """The figures of several protocols as lines of text; a dash is a figure that is not known.
+
+    Under a protocol's row stand published figures of the same protocol, with no window or count that was not published.
+    """
+    rows = [("protocol", "block", "stride", "scored", "token ppl", "word ppl", "byte ppl", "bits per byte", "model")]
     for r in results:
-        shown = [f"{r[k]:{form}}" if r[k] is not None else "-" for k, form in FORMATS.items()]
-        rows.append((r["protocol"], f"{r['block_size']:,}", f"{r['stride'] or r['block_size']:,}", *shown))
+        block, stride = f"{r['block_size']:,}", f"{r['stride'] or r['block_size']:,}"
+        shown = [cell(r[k], r["standard_error"][k], form) for k, form in FORMATS.items()]
+        rows.append((r["protocol"], block, stride, f"{r['tokens_scored']:,}", *shown, model))
+        for protocol, source, values in published:
+            if (protocol, r["stride"]) == (r["protocol"], 0):  # none of them is strided
+                rows.append((protocol, *"---", *(str(values.get(k, "-")) for k in FORMATS), source))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join("  ".join([*map(str.rjust, row[:-1], widths), row[-1]]) for row in rows)
 
 
-FORMATS = {"tokens_scored": ",", "token_ppl": ",.4f", "word_ppl": ",.4f", "bits_per_byte": ".4f"}
+def cell(value, error, form):
+    return "-" if value is None else f"{value:{form}}" if error is None else f"{value:{form}} +- {error:{form}}"
+
+
+def explain(protocol, block_size, stride, counts):
+    """What a protocol's figures are of, as a line."""
+    windows = f"windows of {block_size:,} predictions"
+    what = {
+        "stream": f"every token but the first scored once, disjoint {windows}; end-of-texts left out",
+        "documents": f"every token scored once, each document by itself after one end-of-text, {windows}",
+        "lm_eval": f"lm-evaluation-harness's task wikitext, version 2, {windows}",
+    }[protocol]
+    if protocol == "stream" and stride:
+        what = what.replace(f"disjoint {windows}", f"windows of {block_size:,} tokens, each {stride:,} further")
+    known = []
+    if counts["words"] is not None:
+        known += [f"word ppl over {counts['words']:,} words"]
+        known[-1] += f" + {counts['lines']:,} lines" if protocol == "stream" and counts["lines"] is not None else ""
+    if counts["bytes"] is not None:
+        known += [f"bits per byte over {counts['bytes']:,} bytes"]
+    return f"{protocol}: {'; '.join([what, ', '.join(known)]) if known else what}."
 
 
 if __name__ == "__main__":

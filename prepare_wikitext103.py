@@ -157,7 +157,7 @@ def page_pieces(split, rows):
 
 
 def harness_page(page, is_first, is_last):
-    """(text, True, counts) of a page's rows: detokenized, but with the words and bytes of before, as the task has it."""
+    """(text, True, counts) of a page's rows: detokenized, but with the words and bytes of before."""
     if is_first:  # which begins with its title there
         page = page[next((i for i, row in enumerate(page) if is_title(row)), 0) :]
     raw = "".join(row or " \n" for row in page)
