@@ -52,7 +52,10 @@ class Settings:
 
 
 def read(dataset, split, protocol, block_size, stride):
-    """(ids, the windows over them, where each document begins among them) of a protocol. Raises DataError."""
+    """(ids, the windows over them, where each document begins among them) of a protocol.
+
+    Raises DataError where the text is not there or not whole, UserError where there is nothing to score.
+    """
     if protocol == "stream":
         if dataset.eot < 0:  # nothing says where documents begin
             ids, starts = dataset.text_ids(split), np.zeros(1, np.int64)
@@ -60,11 +63,19 @@ def read(dataset, split, protocol, block_size, stride):
             ids = dataset.document_ids(split)
             starts = np.flatnonzero(ids == dataset.eot)
             ids, starts = ids[ids != dataset.eot], starts - np.arange(len(starts))
-        return ids, data.stream_windows(len(ids), block_size, stride), starts
-    ids = dataset.document_ids(split if protocol == "documents" else f"{split}_lm_eval")
-    windows = data.document_windows(ids, dataset.eot, block_size)
-    windows.sort(key=lambda window: window[0] - window[1])  # the longest first, with others as long
-    return ids, windows, np.flatnonzero(ids == dataset.eot)
+        windows = data.stream_windows(len(ids), block_size, stride)
+    else:
+        ids = dataset.document_ids(token_file(split, protocol))
+        starts = np.flatnonzero(ids == dataset.eot)
+        windows = data.document_windows(ids, dataset.eot, block_size)
+        windows.sort(key=lambda window: window[0] - window[1])  # the longest first, with others as long
+    if not windows:
+        raise config.UserError(f"{dataset.folder} has too few tokens in {split}; there is nothing to score")
+    return ids, windows, starts
+
+
+def token_file(split, protocol):
+    return f"{split}_lm_eval" if protocol == "lm_eval" else split
 
 
 def score(model, ids, windows, starts, block_size, batch_size, rt, ragged=False, name=""):
@@ -137,16 +148,13 @@ def exp(x):
     return math.exp(x) if x < 709 else None
 
 
-def evaluate(model, dataset, split, protocol, block_size, stride, batch_size, rt):
-    """One entry of the report's results. Raises DataError, and UserError where there is nothing to score."""
-    ids, windows, starts = read(dataset, split, protocol, block_size, stride)
-    if not windows:
-        raise config.UserError(f"{dataset.folder} has {len(ids)} tokens in {split}; there is nothing to score")
+def evaluate(model, text, counts, protocol, block_size, stride, batch_size, rt):
+    """One entry of the report's results, of what read() gives and the counts in meta.json."""
+    ids, windows, starts = text
     ragged = protocol != "stream"
     nll, nlls, each = score(model, ids, windows, starts, block_size, batch_size, rt, ragged, protocol)
-    scored, expected = int(each.sum()), len(ids) - (len(starts) if protocol != "stream" else 1)
+    scored, expected = int(each.sum()), len(ids) - (1 if protocol == "stream" else len(starts))
     assert scored == expected, f"{scored} tokens scored of {expected}"
-    counts = dataset.splits[f"{split}_lm_eval" if protocol == "lm_eval" else split]
     found = figures(nll, units(protocol, counts, scored))
     columns = {k: np.array(v) for k, v in counts.get("per_document", {}).items()}
     return {
@@ -163,17 +171,12 @@ def evaluate(model, dataset, split, protocol, block_size, stride, batch_size, rt
 
 def which_protocols(wanted, dataset, split):
     """The protocols to evaluate by: the one that is wanted, or all that the dataset has text for."""
-    if wanted:
-        if wanted == "lm_eval" and f"{split}_lm_eval" not in dataset.paths:
-            raise config.UserError(lacks_lm_eval(dataset, split))
-        return [wanted]
-    if dataset.name == "wikitext103" and split != "train" and f"{split}_lm_eval" not in dataset.paths:
+    has = {"stream": True, "documents": dataset.eot >= 0, "lm_eval": f"{split}_lm_eval" in dataset.paths}
+    if wanted == "lm_eval" and not has[wanted]:
+        raise config.UserError(lacks_lm_eval(dataset, split))
+    if not wanted and not has["lm_eval"] and dataset.name == "wikitext103" and split != "train":
         print(lacks_lm_eval(dataset, split), file=sys.stderr)
-    return [
-        protocol
-        for protocol, has in zip(PROTOCOLS, (True, dataset.eot >= 0, f"{split}_lm_eval" in dataset.paths), strict=True)
-        if has
-    ]
+    return [wanted] if wanted else [protocol for protocol in PROTOCOLS if has[protocol]]
 
 
 def lacks_lm_eval(dataset, split):
@@ -222,7 +225,8 @@ def main():
     if path:
         check_writable(path)
     dataset.tokens(split)  # which says what there is, if not this
-    protocols = which_protocols(s.protocol, dataset, split)
+    texts = {p: read(dataset, split, p, T, s.stride) for p in which_protocols(s.protocol, dataset, split)}
+    counts = {protocol: dataset.splits[token_file(split, protocol)] for protocol in texts}
 
     size = f"{model.num_params() / 1e6:.1f} M parameters"
     print(f"{opened.name}: {size}, step {opened.iter_num:,}; {rt.why}", file=sys.stderr)
@@ -230,8 +234,8 @@ def main():
     with runtime.memory_advice(f" with batch_size={s.batch_size}; take a smaller --batch_size"):
         if rt.compile:
             runtime.compile_blocks(model, rt, s.batch_size, T)
-        for protocol in protocols:
-            result = evaluate(model, dataset, split, protocol, T, s.stride, s.batch_size, rt)
+        for protocol, text in texts.items():
+            result = evaluate(model, text, counts[protocol], protocol, T, s.stride, s.batch_size, rt)
             if not math.isfinite(result["nll"]):
                 raise config.UserError(f"{opened.name} gives no finite loss on this text; its weights have diverged")
             report["results"].append(result)
@@ -241,9 +245,8 @@ def main():
     is_wikitext = spec == "gpt2" and {k: dataset.splits[split][k] for k in WIKITEXT_TEST} == WIKITEXT_TEST
     print(table(report["results"], opened.name, PUBLISHED if is_wikitext else ()))
     print()
-    for protocol in protocols:
-        counts = dataset.splits[f"{split}_lm_eval" if protocol == "lm_eval" else split]
-        print(explain(protocol, T, s.stride, counts))
+    for protocol in texts:
+        print(explain(protocol, T, s.stride, counts[protocol]))
     print("+- is the standard error over the documents. Compare a figure within its column and its protocol only.")
     print(f"{rate:,.0f} tokens/s", file=sys.stderr)
     if path:

@@ -24,6 +24,7 @@ from model import GPT, Block, GPTConfig
 ROOT = Path(evaluation.__file__).parent
 DOCUMENTS = ["The first page\nhas two lines.\n", "Über Straßen,\n\n  and no\tlast line end", "x\n", "The end. " * 6]
 FIGURES = ["nll", "token_ppl", "word_ppl", "byte_ppl", "bits_per_byte"]
+KEYS = ["protocol", "block_size", "stride", "tokens_scored", *FIGURES]
 
 
 def random_model(seed=0, **shape):
@@ -48,6 +49,14 @@ def write_dataset(name, *splits, documents=DOCUMENTS):
 
 def random_ids(n, vocab_size=257):
     return np.random.default_rng(n).integers(vocab_size, size=n).astype(np.uint16)
+
+
+def stream(model, ids, T, stride, batch_size, rt):
+    """(nats, tokens scored) of the protocol `stream`, of ids that are one document."""
+    windows = data.stream_windows(len(ids), T, stride)
+    total, (nll,), (scored,) = evaluation.score(model, ids, windows, np.zeros(1, int), T, batch_size, rt)
+    assert nll == pytest.approx(total, rel=1e-12)
+    return total, scored
 
 
 def exact_nll(model, ids, T, stride):
@@ -98,10 +107,10 @@ def run(monkeypatch, capsys):
 
 @pytest.fixture
 def report(run):
-    """report("--key=value", ...) is what the script writes as JSON."""
+    """report("--key=value", ...) is what the script writes as JSON, of `stream` alone where no other is named."""
 
     def report(*args):
-        status, _, err = run(*args, "--json=report.json")
+        status, _, err = run("--protocol=stream", *args, "--json=report.json")
         assert status == 0, err
         return json.loads(Path("report.json").read_text())
 
@@ -136,7 +145,7 @@ def test_the_nll_is_that_of_a_slow_exact_computation(n, T, stride):
     model, ids, rt = random_model(), random_ids(n), runtime.choose("cpu", "float32", False)
     exact = exact_nll(model, ids, T, stride)
     for batch_size in (1, 3, 64):
-        nll, scored = evaluation.stream(model, ids, T, stride, batch_size, rt)
+        nll, scored = stream(model, ids, T, stride, batch_size, rt)
         assert scored == n - 1
         assert nll == pytest.approx(exact, rel=1e-6)
 
@@ -164,7 +173,7 @@ def test_the_strided_stream_is_transformers_perplexity_guide(stride):
         prev_end = end
         if end == encodings.size(1):
             break
-    nll, scored = evaluation.stream(model, ids, max_length, stride, 4, runtime.choose("cpu", "float32", False))
+    nll, scored = stream(model, ids, max_length, stride, 4, runtime.choose("cpu", "float32", False))
     assert scored == n_tokens
     assert nll == pytest.approx(nll_sum, rel=1e-6)
 
@@ -172,12 +181,13 @@ def test_the_strided_stream_is_transformers_perplexity_guide(stride):
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_figures_are_the_eager_ones(monkeypatch, backend):
     model, ids, rt = random_model(), random_ids(60), runtime.choose("cpu", "float32", False)
-    eager = evaluation.stream(model, ids, 16, 0, 3, rt)
+    eager = stream(model, ids, 16, 0, 3, rt)
     compile_block, scores, shapes = Block.compile, model.nll, set()
     monkeypatch.setattr(Block, "compile", lambda block, **how: compile_block(block, backend=backend, **how))
     monkeypatch.setattr(model, "nll", lambda x, y: shapes.add(x.shape) or scores(x, y))
     rt.compile = True
-    assert evaluation.stream(model, ids, 16, 0, 3, rt) == pytest.approx(eager, rel=1e-6)
+    runtime.compile_blocks(model, rt, 3, 16)
+    assert stream(model, ids, 16, 0, 3, rt) == pytest.approx(eager, rel=1e-6)
     assert model.transformer.h[0]._compiled_call_impl is not None  # it has not fallen back
     assert shapes == {(3, 16)}  # four windows in two batches, one shape to compile
 
@@ -193,7 +203,7 @@ def test_the_report_has_exact_figures_over_the_counts_of_the_text(report, stride
     found = report(f"--stride={stride}")
     (result,) = found.pop("results")
     assert found == {"model": "out/a/ckpt.pt", "dataset": "tiny", "split": "test"}
-    assert list(result) == ["protocol", "block_size", "stride", "tokens_scored", *FIGURES]
+    assert list(result) == [*KEYS, "documents", "standard_error"]
 
     ids = np.frombuffer("".join(DOCUMENTS).encode(), np.uint8)
     assert (result["protocol"], result["block_size"], result["stride"]) == ("stream", 16, stride)
@@ -210,10 +220,15 @@ def test_the_report_has_exact_figures_over_the_counts_of_the_text(report, stride
 def test_the_table_shows_what_the_report_holds(run):
     save_run(random_model())
     status, out, _ = run("--stride=5", "--json=report.json")
-    (result,) = json.loads(Path("report.json").read_text())["results"]
-    row = next(line for line in out.splitlines() if "stream" in line)
-    assert status == 0
-    assert row.split() == ["stream", "16", "5", *(f"{result[k]:{f}}" for k, f in evaluation.FORMATS.items())]
+    results = json.loads(Path("report.json").read_text())["results"]
+    assert status == 0 and [r["protocol"] for r in results] == ["stream", "documents"]
+    rows = out.splitlines()[4:]
+    for result, row, stride in zip(results, rows, ("5", "16"), strict=False):
+        shown = [
+            (f"{result[k]:{f}}", "+-", f"{result['standard_error'][k]:{f}}") for k, f in evaluation.FORMATS.items()
+        ]
+        scored = str(result["tokens_scored"])
+        assert row.split() == [result["protocol"], "16", stride, scored, *sum(shown, ()), "out/a/ckpt.pt"]
 
 
 def test_end_of_texts_are_not_scored(report):
@@ -239,8 +254,10 @@ def test_what_a_nanogpt_folder_does_not_know_is_null_and_a_dash(run, report):
     assert result["nll"] == pytest.approx(exact_nll(model, ids, 16, 0), rel=1e-6)
     assert result["token_ppl"] == pytest.approx(math.exp(result["nll"] / 59), rel=1e-14)
     assert [result[k] for k in FIGURES[2:]] == [None, None, None]
+    assert [result["standard_error"][k] for k in FIGURES[2:]] == [None, None, None]
+    assert result["documents"] == 3 and result["standard_error"]["token_ppl"] > 0
     row = next(line.split() for line in run()[1].splitlines() if "stream" in line and "59" in line)
-    assert row[-2:] == ["-", "-"]
+    assert row[-4:-1] == ["-", "-", "-"]
 
 
 def test_a_figure_beyond_a_float_leaves_the_report_valid_json(run):
@@ -272,6 +289,156 @@ def test_a_smaller_block_size_is_taken_and_reported(report):
     assert result["block_size"] == 6
     ids = np.frombuffer("".join(DOCUMENTS).encode(), np.uint8)
     assert result["nll"] == pytest.approx(exact_nll(model, ids, 6, 0), rel=1e-6)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Documents
+
+
+def exact_documents(model, documents, eot, T):
+    """(nats, tokens) of each document, token by token in float64, by the rule of lm-evaluation-harness in words:
+    targets in groups of T; the first group after an end-of-text, any other with the T ids before its last target."""
+    model, found = copy.deepcopy(model).double(), []
+    for document in documents:
+        ids, nll = torch.tensor([eot, *document]), 0.0
+        for t in range(1, len(ids)):
+            last = min((t - 1) // T * T + T, len(document))  # of the group of t
+            with torch.no_grad():
+                logits = model(ids[None, max(0, last - T) : t])[0][0, -1]
+            nll -= torch.log_softmax(logits, 0)[ids[t]].item()
+        found.append((nll, len(document)))
+    return zip(*found, strict=True)
+
+
+@pytest.mark.parametrize("T", [1, 7, 16])
+def test_documents_are_those_of_a_slow_exact_computation(report, T):
+    save_run(random_model())
+    nlls, scored = exact_documents(random_model(), [list(d.encode()) for d in DOCUMENTS], 256, T)
+    for batch_size in (1, 3, 64):
+        (result,) = report("--protocol=documents", f"--block_size={T}", f"--batch_size={batch_size}")["results"]
+        assert (result["tokens_scored"], result["documents"]) == (sum(scored), len(DOCUMENTS))
+        assert result["nll"] == pytest.approx(sum(nlls), rel=1e-6)
+    words, size = sum(len(d.split()) for d in DOCUMENTS), sum(len(d.encode()) for d in DOCUMENTS)
+    assert result["word_ppl"] == pytest.approx(math.exp(result["nll"] / words), rel=1e-14)
+    assert result["byte_ppl"] == pytest.approx(math.exp(result["nll"] / size), rel=1e-14)
+    assert result["bits_per_byte"] == pytest.approx(result["nll"] / size / math.log(2), rel=1e-14)
+
+
+def test_a_batch_of_short_documents_is_read_no_further_than_it_goes(monkeypatch):
+    model, shapes = random_model(), []
+    scores = model.nll
+    monkeypatch.setattr(model, "nll", lambda x, y: shapes.append(x.shape) or scores(x, y))
+    write_dataset("short", "test", documents=["abc", "x" * 40, "de", "f"])
+    rt = runtime.choose("cpu", "float32", False)
+    dataset = data.Dataset("short")
+    text = evaluation.read(dataset, "test", "documents", 16, 0)
+    evaluation.evaluate(model, text, dataset.splits["test"], "documents", 16, 0, 3, rt)
+    assert shapes == [(3, 16), (3, 3)]
+
+
+@pytest.mark.parametrize("protocol", ["stream", "documents"])
+def test_each_document_gets_its_own_share(protocol):
+    """A document's part of the sum is what it adds to the windows that score its tokens."""
+    write_dataset("many", "test", documents=["a b\n", "", "c" * 30, "x", "The end. " * 9])
+    dataset, rt, model = data.Dataset("many"), runtime.choose("cpu", "float32", False), random_model()
+    ids, windows, starts = evaluation.read(dataset, "test", protocol, 16, 0)
+    total, nlls, scored = evaluation.score(model, ids, windows, starts, 16, 4, rt, protocol != "stream")
+    assert scored.tolist() == [4 - (protocol == "stream"), 0, 30, 1, 81]
+    assert nlls.sum() == pytest.approx(total, rel=1e-12) and nlls[1] == 0
+    for begin, end, document in [(starts[2], starts[3], 2), (starts[4], len(ids), 4)]:
+        own = [(b, min(e, end), max(f, begin)) for b, e, f in windows if max(f, begin) < min(e, end)]
+        own = [w for w in own if ids[w[2]] != 256 or w[1] - w[2] > 1]
+        own = [(b, e, f + (ids[f] == 256)) for b, e, f in own]
+        alone, *_ = evaluation.score(model, ids, own, np.zeros(1, int), 16, 4, rt)
+        assert nlls[document] == pytest.approx(alone, rel=1e-6)
+
+
+def test_standard_errors_are_those_of_a_bootstrap():
+    random = np.random.default_rng(0)
+    tokens = random.integers(200, 2000, size=120)
+    words = np.rint(tokens * random.normal(0.8, 0.05, size=120))
+    nlls = tokens * random.normal(3.0, 0.3, size=120)
+    per = {"token_ppl": tokens, "word_ppl": words, "byte_ppl": words * 5, "bits_per_byte": words * 5}
+    found = evaluation.figures(nlls.sum(), {k: v.sum() for k, v in per.items()})
+    errors = evaluation.standard_errors(found, nlls, per)
+    draws = random.integers(120, size=(20_000, 120))
+    for figure, units in per.items():
+        ratios = nlls[draws].sum(1) / units[draws].sum(1)
+        spread = (ratios / math.log(2) if figure == "bits_per_byte" else np.exp(ratios)).std()
+        assert errors[figure] == pytest.approx(spread, rel=0.05)
+
+
+def test_a_standard_error_needs_two_documents_and_their_counts(report):
+    save_run(random_model())
+    write_dataset("whole", "test", documents=["".join(DOCUMENTS)])
+    (result,) = report("--dataset=whole")["results"]
+    assert set(result["standard_error"].values()) == {None}
+    meta = json.loads(Path("data/tiny/meta.json").read_text())
+    del meta["splits"]["test"]["per_document"]  # of a folder that was prepared before
+    Path("data/tiny/meta.json").write_text(json.dumps(meta))
+    (result,) = report()["results"]
+    assert result["standard_error"].pop("token_ppl") > 0
+    assert set(result["standard_error"].values()) == {None}
+
+
+def test_lm_eval_is_the_documents_of_its_own_file_over_its_own_counts(report):
+    save_run(random_model())
+    pieces = [("test", text, True) for text in DOCUMENTS]
+    known = [{"words": 7, "lines": None, "bytes": 50}, {"words": 30, "lines": None, "bytes": 60}]
+    pieces += [("test_lm_eval", text, True, c) for text, c in zip(DOCUMENTS[:2], known, strict=True)]
+    data.write("wiki", data.BytesTokenizer(), pieces, 0)
+    write_dataset("two", "test", documents=DOCUMENTS[:2])
+    both = report("--protocol=", "--dataset=wiki")["results"]
+    assert [r["protocol"] for r in both] == ["stream", "documents", "lm_eval"]
+    (two,) = report("--dataset=two", "--protocol=documents")["results"]
+    (one,) = report("--dataset=wiki", "--protocol=lm_eval")["results"]
+    assert one == both[2]
+    for key in ("tokens_scored", "nll", "token_ppl"):
+        assert one[key] == two[key]
+    assert one["word_ppl"] == pytest.approx(math.exp(one["nll"] / 37), rel=1e-14)
+    assert one["byte_ppl"] == pytest.approx(math.exp(one["nll"] / 110), rel=1e-14)
+    assert None not in one["standard_error"].values()
+
+
+def test_a_wikitext_without_the_pages_of_lm_eval_says_how_to_get_them(run):
+    save_run(random_model())
+    write_dataset("wikitext103", "test")
+    status, out, err = run("--dataset=wikitext103")
+    assert status == 0 and "\ndocuments: " in out and "lm_eval" not in out
+    assert "no test_lm_eval.bin for lm_eval: remove the folder and run python prepare_wikitext103.py" in err
+    status, _, err = run("--dataset=wikitext103", "--protocol=lm_eval")
+    assert status == 2 and len(err.splitlines()) == 1 and "python prepare_wikitext103.py" in err
+
+
+def test_published_figures_stand_under_their_protocol_and_in_their_column():
+    errors = dict.fromkeys(evaluation.FORMATS)
+    result = dict(block_size=8, tokens_scored=1, standard_error=errors, **dict.fromkeys(evaluation.FORMATS, 2.0))
+    results = [result | {"protocol": p, "stride": 0} for p in evaluation.PROTOCOLS]
+    for line in evaluation.table(results, "ours", evaluation.PUBLISHED).splitlines()[1:]:
+        protocol, *cells = line.split()[:8]
+        if line.endswith(" ours"):
+            continue
+        values = next(v for p, source, v in evaluation.PUBLISHED if line.endswith(source) and p == protocol)
+        assert cells == [*"---", *(str(values.get(k, "-")) for k in evaluation.FORMATS)]
+        assert protocol == "lm_eval" or set(values) == {"token_ppl"}
+    strided = evaluation.table([result | {"protocol": "stream", "stride": 4}], "ours", evaluation.PUBLISHED)
+    assert len(strided.splitlines()) == 2
+
+
+def test_characters_have_no_documents(run):
+    """nanoGPT's: no id of its vocabulary is an end-of-text."""
+    import pickle
+
+    chars = sorted(set("".join(DOCUMENTS)))
+    Path("data/letters").mkdir()
+    itos = dict(enumerate(chars))
+    Path("data/letters/meta.pkl").write_bytes(pickle.dumps({"itos": itos, "stoi": {c: i for i, c in itos.items()}}))
+    np.array([chars.index(c) for c in "".join(DOCUMENTS)], "<u2").tofile("data/letters/val.bin")
+    save_run(random_model(vocab_size=len(chars)), tokenizer="", dataset="letters")
+    status, out, _ = run()
+    assert status == 0 and "\nstream: " in out and "\ndocuments: " not in out
+    status, _, err = run("--protocol=documents")
+    assert status == 2 and "--protocol=stream" in err.splitlines()[-1]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -373,6 +540,9 @@ def test_only_the_table_goes_to_standard_output(run):
         (["--init_from=out/b/broken.pt"], "is damaged"),
         (["--init_from=out/b/unsaid.pt"], "--dataset=NAME"),
         (["--json=no/such/folder.json"], "--json=PATH"),
+        (["--json=out"], "--json=PATH"),
+        (["--protocol=lm_eval"], "that protocol is WikiText's"),
+        (["--protocol=words"], "one of"),
         (["--device=tpu"], "device=tpu"),
     ],
 )
@@ -387,8 +557,7 @@ def test_a_mistake_is_one_line(run, args, says):
     status, _, err = run(*args)
     assert status == 2
     assert says in err.splitlines()[-1]
-    if "--json" not in args[0]:  # which is found out last
-        assert len(err.splitlines()) == 1
+    assert len(err.splitlines()) == 1
     assert "Traceback" not in err
     assert not list(Path().rglob("eval_*.json"))
 
