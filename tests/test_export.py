@@ -1,0 +1,243 @@
+"""export.py: what transformers opens, computes, tokenizes and writes is what our scripts do; and back to the bit."""
+
+import json
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+import checkpoint
+import data
+import export
+import sample
+from model import GPT, GPTConfig
+
+CHARS = "\n !',.:abcdefghijklmnopqrstuvwxyz\u00e9\U0001f600"
+odd_text = st.lists(
+    st.text(max_size=6) | st.sampled_from(["<|endoftext|>", " the", "\n\n", "  ", "é", "漢", "😀", "'s"])
+)
+
+
+@pytest.fixture(autouse=True)
+def offline(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def random_model(**shape):
+    """A tiny model whose predictions are far from uniform; position counts most, so that greedy text varies."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**dict(block_size=32, vocab_size=257, n_layer=2, n_head=2, n_embd=16) | shape)).eval()
+    for name, p in model.named_parameters():
+        torch.nn.init.normal_(p, std=2.0 if "wpe" in name else 0.3)
+    return model
+
+
+def save_run(model, **more):
+    """A checkpoint of ours, or with format=None one as nanoGPT writes it."""
+    Path("out/a").mkdir(parents=True)
+    kept = {"format": 1, "iter_num": 7, "tokenizer": "bytes", "config": {"dataset": "tiny"}} | more
+    checkpoint.save("out/a/ckpt.pt", checkpoint.weights(model) | {k: v for k, v in kept.items() if v is not None})
+
+
+def save_nanogpt_run(model, dataset, prefix=""):
+    """As nanoGPT's train.py writes it; of a compiled model each name has a prefix."""
+    whole = checkpoint.weights(model)
+    state = {prefix + k: v for k, v in whole["model"].items()}
+    config = {"dataset": dataset, "device": "cuda", "compile": bool(prefix)}
+    Path("out/a").mkdir(parents=True)
+    torch.save(
+        {"model": state, "model_args": whole["model_args"], "iter_num": 3, "config": config, "best_val_loss": 1.5},
+        "out/a/ckpt.pt",
+    )
+
+
+def write_meta_pkl(dataset, chars=CHARS):
+    itos = dict(enumerate(chars))
+    meta = {"vocab_size": len(chars), "itos": itos, "stoi": {c: i for i, c in itos.items()}}
+    Path("data", dataset).mkdir(parents=True)
+    Path("data", dataset, "meta.pkl").write_bytes(pickle.dumps(meta))
+
+
+def open_in_transformers(folder="hf"):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture
+def exported(script):
+    """exported(args...) runs export.py into hf/ and gives what it prints."""
+
+    def exported(*args):
+        status, out, err = script("export", "--hf_dir=hf", *args)
+        assert status == 0, err
+        assert not list(Path().glob(".*.partial"))
+        return out
+
+    return exported
+
+
+@pytest.mark.parametrize("shape", [{}, {"bias": False}, {"n_inner": 24}, {"vocab_size": 50257, "n_embd": 4}])
+def test_transformers_computes_our_logits_and_the_way_back_is_exact(exported, shape):
+    model = random_model(**shape)
+    save_run(model, tokenizer="gpt2" if "vocab_size" in shape else "bytes")
+    exported()
+    theirs, _ = open_in_transformers()
+    ids = torch.randint(257, (3, 32), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids).logits, model(ids)[0], rtol=1e-5, atol=1e-5)
+    back = checkpoint.open_model("hf")
+    state, n_biases = back.model.state_dict(), 0
+    for name, p in model.state_dict().items():
+        assert torch.equal(state.pop(name), p)
+    for name, p in state.items():
+        n_biases += 1
+        assert name.endswith("bias") and not p.any()
+    assert bool(n_biases) == ("bias" in shape)
+    assert back.tokenizer == ("gpt2" if "vocab_size" in shape else "bytes")
+    assert back.model.config.n_inner == shape.get("n_inner", 0)
+
+
+@pytest.mark.parametrize("spec", ["gpt2", "bytes"])
+def test_the_tokenizer_gives_our_ids_for_any_text(spec, tmp_path):
+    from transformers import AutoTokenizer
+
+    tok = data.tokenizer(spec)
+    export.write_folder(tmp_path / "hf", export.tokenizer_files(tok) | {"config.json": {"model_type": "gpt2"}}, {})
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert (theirs.bos_token_id, theirs.eos_token_id, len(theirs)) == (tok.eot, tok.eot, tok.vocab_size)
+
+    @settings(max_examples=150, deadline=None, database=None)
+    @given(text=odd_text.map("".join))
+    def same(text):
+        ids = sample.encode_prompt(text, tok) if text else []
+        assert theirs.encode(text, add_special_tokens=False) == theirs(text)["input_ids"] == ids
+        assert theirs.decode(ids) == text
+
+    same()
+    every = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x30000)]))  # byte by byte, and no surrogates
+    for text in (every[i : i + 5000] for i in range(0, len(every), 40_000)):
+        assert theirs.encode(text) == tok.encode(text).tolist()
+
+
+@pytest.mark.parametrize("spec", ["gpt2", "bytes"])
+def test_greedy_text_is_that_of_sample_py(exported, script, spec):
+    tok = data.tokenizer(spec)
+    save_run(random_model(vocab_size=tok.vocab_size, block_size=64), tokenizer=spec)
+    exported()
+    theirs, their_tok = open_in_transformers()
+    for prompt in ("The end", "Über\n\n", "a <|endoftext|> b"):
+        ids = their_tok(prompt, return_tensors="pt").input_ids
+        new = 64 - ids.size(1)
+        expected = theirs.generate(ids, max_new_tokens=new, do_sample=False)[0, ids.size(1) :].tolist()
+        drawn = checkpoint.open_model("hf").model.generate(ids, new, temperature=0, eot=tok.eot)
+        assert [int(i) for i in drawn] == expected and len(set(expected)) > 3
+        for source in ("--out_dir=out/a", "--init_from=hf"):
+            status, out, _ = script("sample", source, f"--start={prompt}", "--temperature=0", f"--max_new_tokens={new}")
+            written = [i for i in expected if i != tok.eot]
+            assert status == 0 and out == prompt + tok.decode(written).decode("utf-8", "replace") + "\n"
+
+
+def test_generation_stops_at_end_of_text_and_needs_no_further_setting(exported):
+    save_run(random_model())
+    exported()
+    theirs, _ = open_in_transformers()
+    g = theirs.generation_config
+    assert (g.bos_token_id, g.eos_token_id, g.pad_token_id) == (256, 256, 256)
+
+
+@pytest.mark.parametrize("prefix", ["", "_orig_mod."])
+def test_nanogpts_surplus_rows_are_left_out(exported, prefix):
+    model = random_model(vocab_size=50304, n_embd=4, bias=False)
+    save_nanogpt_run(model, "openwebtext", prefix)
+    assert "47 rows" in exported()
+    state = load_file("hf/model.safetensors")
+    assert torch.equal(state["transformer.wte.weight"], model.lm_head.weight[:50257])
+    assert json.loads(Path("hf/config.json").read_text())["vocab_size"] == 50257
+    theirs, tok = open_in_transformers()
+    ids = torch.randint(50257, (2, 16), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids).logits, model(ids)[0][..., :50257], rtol=1e-5, atol=1e-5)
+    assert tok.encode("Hello world") == [15496, 995]
+
+
+def test_a_character_model_has_its_characters(exported, script):
+    write_meta_pkl("letters")
+    save_nanogpt_run(random_model(vocab_size=len(CHARS)), "letters")
+    exported()
+    theirs, tok = open_in_transformers()
+    text = "\nit was: é, a \U0001f600!"
+    ids = data.CharTokenizer(CHARS).encode(text).tolist()
+    assert tok.encode(text) == ids and tok.decode(ids) == text
+    assert theirs.generation_config.eos_token_id is None
+    outs = [script("sample", f"--init_from={f}", "--temperature=0", "--start=a")[1] for f in ("out/a", "hf")]
+    assert outs[0] == outs[1] and len(outs[0]) > 100
+
+
+def test_a_model_whose_tokenizer_is_not_known_goes_without(exported):
+    save_nanogpt_run(random_model(vocab_size=65), "letters")
+    assert "without tokenizer files: data/letters/meta.pkl is missing" in exported()
+    assert sorted(os.listdir("hf")) == ["config.json", "generation_config.json", "model.safetensors"]
+    assert checkpoint.open_model("hf").model.config.vocab_size == 65
+
+
+def test_a_nanogpt_run_is_trained_on_sampled_and_evaluated(script):
+    """With its characters and without biases, as its Shakespeare run is; and ours again from what that wrote."""
+    write_meta_pkl("letters")
+    ids = np.random.default_rng(0).integers(len(CHARS), size=900)
+    for split in ("train", "val"):
+        ids.astype(np.uint16).tofile(f"data/letters/{split}.bin")
+    model = random_model(vocab_size=len(CHARS), bias=False)
+    save_nanogpt_run(model, "letters", "_orig_mod.")
+    options = ["--dataset=letters", "--max_iters=3", "--batch_size=2", "--gradient_accumulation_steps=1"]
+    options += ["--device=cpu", "--compile=False", "--block_size=32", "--out_dir=out/b"]
+    status, out, err = script("train", "--init_from=out/a/ckpt.pt", *options)
+    assert status == 0, err
+    ours = torch.load("out/b/ckpt.pt", weights_only=True)
+    assert ours["model"].keys() == model.state_dict().keys()  # no prefix: nanoGPT strips one, but needs none
+    assert ours["model_args"] == checkpoint.weights(model)["model_args"]
+    for source in ("out/a", "out/b"):
+        assert script("sample", f"--out_dir={source}", "--max_new_tokens=5")[0] == 0
+        status, out, err = script("eval", f"--out_dir={source}", "--device=cpu")
+        assert status == 0 and "899" in out, err
+
+
+def test_a_folder_that_holds_something_is_not_touched(script):
+    save_run(random_model())
+    Path("hf").mkdir()
+    assert script("export", "--hf_dir=hf")[0] == 0
+    before = {p.name: p.read_bytes() for p in Path("hf").iterdir()}
+    status, _, err = script("export", "--hf_dir=hf")
+    assert status == 2 and "holds something already" in err and len(err.splitlines()) == 1
+    assert before == {p.name: p.read_bytes() for p in Path("hf").iterdir()}
+    status, _, err = script("export")
+    assert status == 2 and "--hf_dir=FOLDER" in err and len(err.splitlines()) == 1
+
+
+def test_an_export_that_fails_leaves_no_folder(script, monkeypatch):
+    save_run(random_model())
+
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(export, "save_file", fail)
+    status, _, err = script("export", "--hf_dir=hf")
+    assert status == 2 and "No space left" in err
+    assert sorted(os.listdir()) == ["out"]
+
+
+def test_a_name_that_says_nothing_true_is_refused(exported, script):
+    """A folder from elsewhere may say of its tokenizer what it likes."""
+    save_run(random_model())
+    exported()
+    settings = json.loads(Path("hf/config.json").read_text()) | {"tokenizer_spec": "wordpiece"}
+    Path("hf/config.json").write_text(json.dumps(settings))
+    status, _, err = script("sample", "--init_from=hf")
+    assert status == 2 and "tokenizer 'wordpiece' is unknown" in err and len(err.splitlines()) == 1
