@@ -151,14 +151,13 @@ def test_the_nll_is_that_of_a_slow_exact_computation(n, T, stride):
 
 
 @pytest.mark.parametrize("stride", [1, 6, 11])
-def test_the_strided_stream_is_transformers_perplexity_guide(stride):
-    from transformers import GPT2Config, GPT2LMHeadModel
+def test_the_strided_stream_is_transformers_perplexity_guide(script, stride):
+    from transformers import AutoModelForCausalLM
 
     model, ids = random_model(), random_ids(90)
-    hf_config, state = model.to_huggingface()
-    theirs = GPT2LMHeadModel(GPT2Config(**hf_config)).eval()
-    missing, unexpected = theirs.load_state_dict(state, strict=False)
-    assert (set(missing), unexpected) == ({"lm_head.weight"}, [])
+    save_run(model)
+    assert script("export", "--hf_dir=hf")[0] == 0
+    theirs = AutoModelForCausalLM.from_pretrained("hf").eval()
     encodings, max_length, nll_sum, n_tokens, prev_end = torch.from_numpy(ids.astype(np.int64))[None], 16, 0.0, 0, 0
     for begin in range(0, encodings.size(1), stride):
         end = min(begin + max_length, encodings.size(1))
