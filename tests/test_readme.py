@@ -18,6 +18,7 @@ README = Path(config.__file__).parent.parent.joinpath("README.md").read_text(enc
         ("train", ""),
         ("sample", ""),
         ("eval", ""),
+        ("export", ""),
         ("prepare_text", "path"),
         ("prepare_wikitext103", ""),
         ("plot", "run"),
