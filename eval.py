@@ -13,7 +13,6 @@ with the token before it, a short last one reaches back for context. All tokens 
 Each of these tokens is scored exactly once. A figure's +- is its standard error over the documents.
 """
 
-import errno
 import json
 import math
 import sys
@@ -189,9 +188,7 @@ def lacks_lm_eval(dataset, split):
 def check_writable(path):
     """Raise UserError where a file cannot be written, before hours are spent on what it should hold."""
     try:
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "it is a folder")
-        tempfile.TemporaryFile(dir=path.parent).close()
+        (open(path, "r+b") if path.exists() else tempfile.TemporaryFile(dir=path.parent)).close()
     except OSError as error:
         raise config.UserError(f"{path} can't be written ({error.strerror}); --json=PATH names another") from None
 
