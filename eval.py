@@ -165,6 +165,7 @@ def evaluate(model, text, counts, protocol, block_size, stride, batch_size, rt):
         **found,
         "documents": len(starts),
         "standard_error": standard_errors(found, nlls, units(protocol, columns, each)),
+        "document_nll": nlls.tolist(),  # two models on the same documents are best compared by these
     }
 
 

@@ -202,7 +202,7 @@ def test_the_report_has_exact_figures_over_the_counts_of_the_text(report, stride
     found = report(f"--stride={stride}")
     (result,) = found.pop("results")
     assert found == {"model": "out/a/ckpt.pt", "dataset": "tiny", "split": "test"}
-    assert list(result) == [*KEYS, "documents", "standard_error"]
+    assert list(result) == [*KEYS, "documents", "standard_error", "document_nll"]
 
     ids = np.frombuffer("".join(DOCUMENTS).encode(), np.uint8)
     assert (result["protocol"], result["block_size"], result["stride"]) == ("stream", 16, stride)
@@ -317,6 +317,7 @@ def test_documents_are_those_of_a_slow_exact_computation(report, T):
         (result,) = report("--protocol=documents", f"--block_size={T}", f"--batch_size={batch_size}")["results"]
         assert (result["tokens_scored"], result["documents"]) == (sum(scored), len(DOCUMENTS))
         assert result["nll"] == pytest.approx(sum(nlls), rel=1e-6)
+        assert result["document_nll"] == pytest.approx(nlls, rel=1e-6)
     words, size = sum(len(d.split()) for d in DOCUMENTS), sum(len(d.encode()) for d in DOCUMENTS)
     assert result["word_ppl"] == pytest.approx(math.exp(result["nll"] / words), rel=1e-14)
     assert result["byte_ppl"] == pytest.approx(math.exp(result["nll"] / size), rel=1e-14)
@@ -335,21 +336,18 @@ def test_a_batch_of_short_documents_is_read_no_further_than_it_goes(monkeypatch)
     assert shapes == [(3, 16), (3, 3)]
 
 
-@pytest.mark.parametrize("protocol", ["stream", "documents"])
-def test_each_document_gets_its_own_share(protocol):
-    """A document's part of the sum is what it adds to the windows that score its tokens."""
-    write_dataset("many", "test", documents=["a b\n", "", "c" * 30, "x", "The end. " * 9])
+def test_a_token_of_the_stream_belongs_to_its_document(monkeypatch):
+    """Whatever window scores it: here the loss of an id is the id, so that a document's sum is known."""
+    documents = ["a b\n", "", "c" * 30, "x", "The end. " * 9]
+    write_dataset("many", "test", documents=documents)
     dataset, rt, model = data.Dataset("many"), runtime.choose("cpu", "float32", False), random_model()
-    ids, windows, starts = evaluation.read(dataset, "test", protocol, 16, 0)
-    total, nlls, scored = evaluation.score(model, ids, windows, starts, 16, 4, rt, protocol != "stream")
-    assert scored.tolist() == [4 - (protocol == "stream"), 0, 30, 1, 81]
-    assert nlls.sum() == pytest.approx(total, rel=1e-12) and nlls[1] == 0
-    for begin, end, document in [(starts[2], starts[3], 2), (starts[4], len(ids), 4)]:
-        own = [(b, min(e, end), max(f, begin)) for b, e, f in windows if max(f, begin) < min(e, end)]
-        own = [w for w in own if ids[w[2]] != 256 or w[1] - w[2] > 1]
-        own = [(b, e, f + (ids[f] == 256)) for b, e, f in own]
-        alone, *_ = evaluation.score(model, ids, own, np.zeros(1, int), 16, 4, rt)
-        assert nlls[document] == pytest.approx(alone, rel=1e-6)
+    monkeypatch.setattr(model, "nll", lambda x, y: y[y >= 0].float())
+    for stride in (0, 5):
+        ids, windows, starts = evaluation.read(dataset, "test", "stream", 16, stride)
+        total, nlls, scored = evaluation.score(model, ids, windows, starts, 16, 4, rt)
+        assert nlls.tolist() == [sum(d.encode()) - (i == 0) * ord("a") for i, d in enumerate(documents)]
+        assert scored.tolist() == [len(d) - (i == 0) for i, d in enumerate(documents)]
+        assert total == nlls.sum()
 
 
 def test_standard_errors_are_those_of_a_bootstrap():
@@ -392,7 +390,7 @@ def test_lm_eval_is_the_documents_of_its_own_file_over_its_own_counts(report):
     (two,) = report("--dataset=two", "--protocol=documents")["results"]
     (one,) = report("--dataset=wiki", "--protocol=lm_eval")["results"]
     assert one == both[2]
-    for key in ("tokens_scored", "nll", "token_ppl"):
+    for key in ("tokens_scored", "nll", "token_ppl", "document_nll"):
         assert one[key] == two[key]
     assert one["word_ppl"] == pytest.approx(math.exp(one["nll"] / 37), rel=1e-14)
     assert one["byte_ppl"] == pytest.approx(math.exp(one["nll"] / 110), rel=1e-14)
