@@ -117,7 +117,7 @@ def write_folder(folder, files, state):
 
 
 def main():
-    s = config.load(Settings)
+    s = config.load(Settings, command_line_only=("init_from",))
     if not s.hf_dir:
         raise config.UserError("--hf_dir=FOLDER is missing: where to write the model")
     folder = Path(os.path.abspath(s.hf_dir))

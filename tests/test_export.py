@@ -221,6 +221,13 @@ def test_a_folder_that_holds_something_is_not_touched(script):
     assert status == 2 and "--hf_dir=FOLDER" in err and len(err.splitlines()) == 1
 
 
+def test_the_config_file_of_a_training_names_the_run_and_not_what_it_began_with(script):
+    save_run(random_model())
+    Path("run.py").write_text('out_dir = "out/a"\ninit_from = "gpt2"\nlearning_rate = 1e-4\n')
+    status, out, err = script("export", "run.py", "--hf_dir=hf")
+    assert status == 0 and out.startswith("out/a/ckpt.pt -> hf"), err
+
+
 def test_an_export_that_fails_leaves_no_folder(script, monkeypatch):
     save_run(random_model())
 
