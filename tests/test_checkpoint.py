@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pickle
+import time
 import zipfile
 from pathlib import Path
 
@@ -183,3 +184,26 @@ def test_a_source_that_names_no_model_is_one_line(tmp_path, monkeypatch, source)
     with pytest.raises(checkpoint.CheckpointError) as error:
         checkpoint.open_model(source)
     assert "\n" not in str(error.value)
+
+
+def test_background_writes_hold_what_they_were_given_in_their_order_and_report_failures(tmp_path, monkeypatch):
+    save, seen = checkpoint.save, []
+
+    def slow(path, state, links=()):
+        time.sleep(0.05)
+        if state["n"] == 2:
+            raise OSError(28, "No space left on device")
+        save(path, state, links)
+
+    monkeypatch.setattr(checkpoint, "save", slow)
+    writer, weight = checkpoint.Writer(background=True), torch.zeros(4)
+    for n in range(4):
+        weight.fill_(n)  # as the training goes on
+        state = {"model": {"a": weight, "tied": weight}, "model_args": {}, "n": n}
+        writer.write(tmp_path / f"{n}.pt", state, [], lambda error, n=n: seen.append((n, error and error.errno)))
+    assert len(writer.pending) == 2  # no more copies than that
+    writer.finished(wait=True)
+    assert seen == [(0, None), (1, None), (2, 28), (3, None)]
+    for n in (0, 1, 3):
+        loaded = checkpoint.load(tmp_path / f"{n}.pt")["model"]
+        assert loaded["a"].tolist() == [n] * 4 and loaded["a"].data_ptr() == loaded["tied"].data_ptr()
