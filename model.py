@@ -117,7 +117,29 @@ def output_weight(weight, dtype):
 def chunk_rows(vocab_size, device):
     """Positions in a chunk: enough for the matrix products, and logits that stay small (on a CPU: near its cache)."""
     budget = (1 << 24) if device.type == "cpu" else (1 << 28)  # logits
-    return max(64, budget // vocab_size)
+    return max(64, budget // vocab_size // 64 * 64)
+
+
+def chunk_buffer(positions, weight):
+    """An empty (rows, V) for the logits of every chunk in turn: fresh memory costs a CPU more than the arithmetic on it.
+
+    On a CPU it is laid out by columns, in which the product with the weight runs 1.5 times as fast.
+    """
+    V = weight.size(0)
+    rows = max(1, min(positions, chunk_rows(V, weight.device)))
+    return weight.new_empty(V, rows).T if weight.device.type == "cpu" else weight.new_empty(rows, V)
+
+
+def softmax_nll(logits, targets):
+    """(softmax (n, V) float32, -ln p of the targets (n, 1)) of logits (n, V), which are overwritten where float32."""
+    if logits.dtype != torch.float32:
+        logprobs = torch.log_softmax(logits, dim=1, dtype=torch.float32)
+        return logprobs.exp(), -logprobs.gather(1, targets)
+    top = logits.amax(dim=1, keepdim=True)
+    wanted = logits.gather(1, targets) - top
+    probs = logits.sub_(top).exp_()
+    total = probs.sum(dim=1, keepdim=True)
+    return probs.div_(total), total.log() - wanted
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -136,15 +158,15 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         grad_w = torch.zeros_like(w, dtype=torch.float32)
         total = torch.zeros((), dtype=torch.float32, device=x.device)
         scored = targets >= 0
-        rows = chunk_rows(V, x.device)
-        for part in (slice(i, i + rows) for i in range(0, len(h), rows)):
-            logits = h[part] @ w.T  # (n, V) and the padding
-            logprobs = torch.log_softmax(logits[:, :V], dim=1, dtype=torch.float32)
-            index, counts = targets[part].clamp(min=0)[:, None], scored[part, None]
-            total -= (logprobs.gather(1, index) * counts).sum()
+        logits = chunk_buffer(len(h), w)  # (rows, V) and the padding
+        for i in range(0, len(h), len(logits)):
+            part = slice(i, i + len(logits))
+            index, counts = targets[part].clamp(min=0)[:, None], scored[part, None].float()
+            products = torch.mm(h[part], w.T, out=logits[: len(index)])
+            probs, nll = softmax_nll(products[:, :V], index)
+            total += (nll * counts).sum()
             # d(sum of losses)/d(logits) = softmax - one-hot, zero where the target does not count
-            delta = logprobs.exp_().scatter_add_(1, index, torch.full_like(index, -1, dtype=torch.float32))
-            delta = delta.mul_(counts).to(dtype)
+            delta = probs.mul_(counts).scatter_add_(1, index, -counts).to(dtype)
             if w.size(0) > V:
                 delta = F.pad(delta, (0, w.size(0) - V))
             torch.mm(delta, w, out=grad_x[part])
@@ -167,13 +189,13 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 def chunked_nll(x, weight, targets):
     """-ln p of each target (N,) as float32 (N,), from x (N, C) and weight (V, C); no gradient."""
     dtype, V = compute_dtype(x), weight.size(0)
-    h, w, n = x.to(dtype), output_weight(weight, dtype), chunk_rows(V, x.device)
-    return torch.cat(
-        [
-            F.cross_entropy((rows @ w.T)[:, :V].float(), wanted, reduction="none")
-            for rows, wanted in zip(h.split(n), targets.split(n), strict=True)
-        ]
-    )
+    h, w = x.to(dtype), output_weight(weight, dtype)
+    logits, nll = chunk_buffer(len(h), w), h.new_empty(len(h), dtype=torch.float32)
+    for i in range(0, len(h), len(logits)):
+        part = slice(i, i + len(logits))
+        products = torch.mm(h[part], w.T, out=logits[: len(h[part])])
+        nll[part] = softmax_nll(products[:, :V], targets[part, None])[1][:, 0]
+    return nll
 
 
 # ----------------------------------------------------------------------------------------------------------------------
