@@ -121,7 +121,7 @@ def chunk_rows(vocab_size, device):
 
 
 def chunk_buffer(positions, weight):
-    """An empty (rows, V) for the logits of every chunk in turn: fresh memory costs a CPU more than the arithmetic on it.
+    """An empty (rows, V) for the logits of each chunk in turn: fresh memory costs a CPU more than the arithmetic on it.
 
     On a CPU it is laid out by columns, in which the product with the weight runs 1.5 times as fast.
     """

@@ -487,7 +487,7 @@ def test_the_config_file_of_a_training_serves_with_its_init_from_ignored(report)
     values |= dict(init_from="gpt2-xl", out_dir="out/b", dataset="tiny", block_size=4, compile=True, batch_size=5)
     Path("run.py").write_text("".join(f"{key} = {value!r}\n" for key, value in values.items()))
     found = report("run.py")
-    assert found == report("--out_dir=out/b")
+    assert found == report("--out_dir=out/b", "--batch_size=5")
     assert (found["model"], found["results"][0]["block_size"]) == ("out/b/ckpt.pt", 16)
 
 
