@@ -2,12 +2,11 @@
 
 A checkpoint is a dict of plain containers, numbers, strings and tensors, so that loading one runs no code. nanoGPT's
 keys hold what they hold there: model, optimizer, model_args, iter_num, best_val_loss, config. Ours stand beside them:
-format, n_inner, scaler, sequence_index, tokenizer, data_sha256, wandb_run_id.
+format, n_inner, scaler, sequence_index, skipped_steps, row, tokenizer, data_sha256, wandb_run_id.
 """
 
 import contextlib
 import json
-import math
 import os
 import shutil
 import zipfile
@@ -67,30 +66,43 @@ def sync_folder(folder):
 
 
 class Writer:
-    """Writes checkpoints one after the other. In the background only the copy to the host's memory takes time.
+    """Writes checkpoints, one after the other. What lies on a GPU is copied, and written while the training goes on.
 
-    A write's `then(error)` is called in the caller's thread by a later write() or finished(): error is None or OSError.
+    A write's `written(error)` is called in the caller's thread by a later write() or finished(): error is None or an
+    OSError. At the end of a `with` all that was given is on the disk.
     """
 
-    def __init__(self, background):
-        self.pool, self.pending = ThreadPoolExecutor(1) if background else None, deque()
+    def __init__(self):
+        self.pool, self.pending = ThreadPoolExecutor(1), deque()
 
-    def write(self, path, checkpoint, links, then):
-        if not self.pool:
-            return then(attempt(path, checkpoint, links))
-        while len(self.pending) > 1:  # a run and its best weights; further copies would only take memory
-            self.finished(wait=True, most=1)
-        self.pending.append((self.pool.submit(attempt, path, to_host(checkpoint, {}), links), then))
+    def __enter__(self):
+        return self
 
-    def finished(self, wait=False, most=math.inf):
-        """Report the writes that are done; wait=True: all of them, or the first `most`."""
-        while self.pending and most > 0 and (wait or self.pending[0][0].done()):
-            future, then = self.pending.popleft()
-            then(future.result())
-            most -= 1
+    def __exit__(self, *error):
+        self.pool.shutdown(wait=True)
+
+    def write(self, path, checkpoint, links, written):
+        background = self.in_background(checkpoint)
+        while len(self.pending) > 1:  # two copies may wait: of a run, and of its best weights
+            self.report()
+        state = to_host(checkpoint, {}) if background else checkpoint
+        self.pending.append((self.pool.submit(save_or_error, path, state, links), written))
+        self.finished(wait=not background)
+
+    def in_background(self, checkpoint):
+        return any(tensor.is_cuda for tensor in checkpoint["model"].values())
+
+    def finished(self, wait=False):
+        """Report the writes that are done; all of them, if need be after waiting for them."""
+        while self.pending and (wait or self.pending[0][0].done()):
+            self.report()
+
+    def report(self):
+        future, written = self.pending.popleft()
+        written(future.result())
 
 
-def attempt(path, checkpoint, links):
+def save_or_error(path, checkpoint, links):
     try:
         save(path, checkpoint, links)
     except OSError as error:

@@ -309,7 +309,9 @@ def write(name, tok, pieces, total_bytes, accept=None, root="data", threads=0):
         if accept:
             accept(meta)
         with open(partial / "meta.json", "w", encoding="utf-8") as f:
-            f.write(re.sub(r"\[[^]]*\]", lambda m: " ".join(m[0].split()), json.dumps(meta, indent=2)))  # a list a line
+            f.write(
+                re.sub(r"\[[\s\d,]+\]", lambda m: " ".join(m[0].split()), json.dumps(meta, indent=2))
+            )  # a list a line
             f.flush()
             os.fsync(f.fileno())
         if not folder.exists():
@@ -445,13 +447,15 @@ class Dataset:
     def document_ids(self, split):
         """The ids of a split with one end-of-text before each document, verified and in memory.
 
-        nanoGPT puts it behind each one: there the first gets one too. Raises DataError where none is known.
+        nanoGPT puts it behind each one: there the last is moved to the front. Raises DataError where none is known.
         """
         if self.eot < 0:
             raise DataError(f"{self.folder} has no end-of-text that would part documents; --protocol=stream needs none")
         self.verify(split)
         tokens = np.asarray(self.tokens(split))
-        return tokens if tokens[0] == self.eot else np.concatenate([np.array([self.eot], tokens.dtype), tokens])
+        if tokens[0] == self.eot:
+            return tokens
+        return np.concatenate([np.array([self.eot], tokens.dtype), tokens[: -1 if tokens[-1] == self.eot else None]])
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -148,10 +148,15 @@ def exp(x):
 
 
 def evaluate(model, text, counts, protocol, block_size, stride, batch_size, rt):
-    """One entry of the report's results, of what read() gives and the counts in meta.json."""
+    """One entry of the report's results, of what read() gives and the counts in meta.json.
+
+    Raises UserError where the loss is not finite.
+    """
     ids, windows, starts = text
     ragged = protocol != "stream"
     nll, nlls, each = score(model, ids, windows, starts, block_size, batch_size, rt, ragged, protocol)
+    if not math.isfinite(nll):
+        raise config.UserError("the model gives no finite loss on this text; its weights have diverged")
     scored, expected = int(each.sum()), len(ids) - (1 if protocol == "stream" else len(starts))
     assert scored == expected, f"{scored} tokens scored of {expected}"
     found = figures(nll, units(protocol, counts, scored))
@@ -222,7 +227,7 @@ def main():
     path = Path(s.json) if s.json else opened.path and opened.path.with_name(f"eval_{split}.json")
     if path:
         check_writable(path)
-    dataset.tokens(split)  # which says what there is, if not this
+    dataset.tokens(split)  # raises, naming the splits that there are
     texts = {p: read(dataset, split, p, T, s.stride) for p in which_protocols(s.protocol, dataset, split)}
     counts = {protocol: dataset.splits[token_file(split, protocol)] for protocol in texts}
 
@@ -233,10 +238,7 @@ def main():
         if rt.compile:
             runtime.compile_blocks(model, rt, s.batch_size, T)
         for protocol, text in texts.items():
-            result = evaluate(model, text, counts[protocol], protocol, T, s.stride, s.batch_size, rt)
-            if not math.isfinite(result["nll"]):
-                raise config.UserError(f"{opened.name} gives no finite loss on this text; its weights have diverged")
-            report["results"].append(result)
+            report["results"].append(evaluate(model, text, counts[protocol], protocol, T, s.stride, s.batch_size, rt))
     rate = sum(r["tokens_scored"] for r in report["results"]) / (time.perf_counter() - began)
 
     print(f"\n{name}, {split} split, {opened.name}\n")

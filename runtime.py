@@ -6,9 +6,10 @@ import re
 import signal
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 
@@ -77,7 +78,11 @@ class Runtime:
         if self.device.type == "cuda":
             return torch.cuda.get_device_properties(self.device).total_memory
         names = ("SC_PAGE_SIZE", "SC_PHYS_PAGES")
-        return math.prod(map(os.sysconf, names)) if set(names) <= set(getattr(os, "sysconf_names", ())) else 0
+        sizes = [os.sysconf(name) for name in names if name in getattr(os, "sysconf_names", ())]
+        memory = math.prod(sizes) if len(sizes) == 2 and min(sizes) > 0 else 0
+        with suppress(OSError, ValueError):  # a container's limit; "max" is none
+            memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+        return memory
 
     def same(self, value):
         """Whether all processes hold the same value, a plain one."""
@@ -144,6 +149,8 @@ def choose(device="auto", dtype="auto", compile="auto", training=False, determin
         try:
             from torch import _dynamo  # noqa: F401  torch's optimizers load it too, and it makes its cache folder on loading
         except OSError as error:
+            if not error.filename:  # such as a missing library
+                raise
             raise RuntimeChoiceError(
                 f"torch can't make its cache folder ({error}); make room there, or name another by "
                 "TORCHINDUCTOR_CACHE_DIR=PATH in the environment"
@@ -219,15 +226,16 @@ def memory_advice(advice):
 
 @contextmanager
 def lost_process_advice():
-    """Where another process of the group has died: one line and status 1, since the first failure is told there."""
+    """Where a group of processes has come apart: one line and status 1, since the first failure is told elsewhere."""
     try:
         yield
     except RuntimeError as error:
         # nccl and the store raise a DistError, gloo a RuntimeError with the name of the file that it fails in.
-        if not (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
+        apart = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+        if not (apart and torch.distributed.is_initialized()):
             raise
-        reason = " ".join(str(error).split())[:120]
-        print(f"another process has ended, so this one does too; the same command goes on ({reason})", file=sys.stderr)
+        reason = " ".join(str(error).split())
+        print(f"the processes have lost each other: one has ended, and says why, or {reason}", file=sys.stderr)
         sys.stderr.flush()
         os._exit(1)  # without the clean-up that would wait for the others
 
@@ -236,7 +244,10 @@ def start_processes(rt, backend):
     """Join the process group that torchrun describes in the environment. A process that dies ends the others."""
     if rt.world_size == 1:
         return
-    store, rank, world_size = next(torch.distributed.rendezvous("env://", timeout=PREPARING))
+    try:
+        store, rank, world_size = next(torch.distributed.rendezvous("env://", timeout=PREPARING))
+    except (torch.distributed.DistError, ValueError) as error:
+        raise RuntimeChoiceError(f"the processes can't meet ({error}); start them by torchrun") from None
     # One machine may still prepare its data when another has it: they wait for each other here, patiently.
     if store.add("prepared", 1) == world_size:
         store.set("all prepared", "")
@@ -246,12 +257,20 @@ def start_processes(rt, backend):
     torch.distributed.init_process_group(backend, timeout=GROUP_TIMEOUT, world_size=world_size, rank=rank, store=group)
 
 
-def wrap(model, rt):
+def wrap(model, rt, batch_size, block_size):
     """The model, or around it what averages the gradients of all processes."""
     if rt.world_size == 1:
         return model
     ids = [rt.device.index] if rt.device.type == "cuda" else None
-    return torch.nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+    wrapped = torch.nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+    # After its first step DDP orders the gradients anew, and the sum of three or more depends on the order. So that a
+    # resumed run sums as an unbroken one does, that happens here, before any step.
+    x = torch.zeros(batch_size, block_size, dtype=torch.long, device=rt.device)
+    for _ in range(2):
+        with rt.autocast():
+            wrapped(x, x)[1].backward()
+    model.zero_grad(set_to_none=True)
+    return wrapped
 
 
 def leave_processes():

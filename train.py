@@ -8,6 +8,7 @@ Later wins: the defaults below, then config files, then --KEY=VALUE.
 """
 
 import contextlib
+import errno
 import itertools
 import json
 import math
@@ -75,7 +76,7 @@ class Settings:
     device: str = "auto"  # auto, cuda, cuda:1, mps, cpu
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto, float32, bfloat16, float16
     compile: Literal["auto", True, False] = "auto"  # auto, True, False: torch.compile
-    deterministic: bool = False  # on a GPU the same command gives the same bits, more slowly; a CPU does anyway
+    deterministic: bool = False  # on a CUDA GPU the same command gives the same bits, slower; a CPU does anyway
     backend: str = "nccl"  # of several processes on GPUs; on a CPU it is gloo
     # Weights & Biases; metrics.jsonl is written all the same
     wandb_log: bool = False  # log there too
@@ -113,7 +114,7 @@ def check_memory(model_config, s, rt):
     """Raise UserError for what cannot fit: better at once than killed by the system after minutes of swapping."""
     parameters, tokens = model_config.num_params(), s.batch_size * s.block_size
     # Weights, gradients and two moments in float32; of a token its ids and, for the backward pass, at the very least
-    # what the two branches of each block add to the residual stream.
+    # the inputs of the two branches of each block.
     needed = 16 * parameters + tokens * (16 + 2 * model_config.n_layer * model_config.n_embd * rt.dtype.itemsize)
     if needed > rt.memory() > 0:
         raise config.UserError(
@@ -210,7 +211,7 @@ def check_agreement(ckpt, path, s, dataset, data_sha256):
             f"{path} holds weights alone; a new run starts from them by --init_from={path} and another --out_dir"
         )
     then, now = ckpt["config"], asdict(s)
-    if then["init_from"] not in ("scratch", "resume"):  # the shape was never a setting of this run
+    if then["init_from"] != "scratch":  # the shape was never a setting of this run
         now |= {key: then[key] for key in SHAPE}
     tokens = [c["batch_size"] * c["gradient_accumulation_steps"] * c["block_size"] for c in (then, now)]
     pairs = {key: (then.get(key), now[key]) for key in MUST_AGREE} | {"tokens a step": tuple(tokens)}
@@ -240,6 +241,18 @@ def keep_rows_before(path, step):
     partial = path.with_name(path.name + ".partial")
     partial.write_text("".join(row + "\n" for row in rows), encoding="utf-8")
     os.replace(partial, path)
+
+
+def append_line(path, line):
+    """Add a line to a file, or, where not all of it can be written, nothing."""
+    with open(path, "ab", buffering=0) as f:
+        end, content = f.seek(0, os.SEEK_END), (line + "\n").encode()
+        try:
+            if f.write(content) < len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            f.truncate(end)
+            raise
 
 
 class WandB:
@@ -294,13 +307,14 @@ def main():
     advice = "no batch is smaller, so take a smaller block_size or model"
     if less:
         advice = f"--batch_size={less} --gradient_accumulation_steps={steps * b // less} trains the same in less"
-    with runtime.memory_advice(f" with batch_size={b}; {advice}"), runtime.lost_process_advice():
-        status = train(s)
+    with runtime.lost_process_advice(), runtime.memory_advice(f" with batch_size={b}; {advice}"):
+        with checkpoint.Writer() as writer:
+            status = train(s, writer)
         runtime.leave_processes()
     sys.exit(status)
 
 
-def train(s):
+def train(s, writer):
     """The whole run. Returns the exit status: 0, or 128 and the number of the signal that stopped it."""
     # ---- data, before the processes form a group: the first of a machine may prepare for an hour ----
     data.ensure(s.dataset)
@@ -345,7 +359,7 @@ def train(s):
         row, skipped = ckpt["row"], ckpt["skipped_steps"]
         s.init_from = ckpt["config"]["init_from"]  # where the run's weights came from, which a resume doesn't change
         say(f"resuming {resume_path} at step {step:,}" + "".join(f"; {change}" for change in changes))
-    elif s.init_from in ("scratch", "resume"):
+    elif s.init_from == "scratch":
         shape = {k: getattr(s, k) for k in ("block_size", "dropout", *SHAPE)}
         model_config = GPTConfig(vocab_size=dataset.vocab_size, **shape)
         check_memory(model_config, s, rt)
@@ -389,7 +403,7 @@ def train(s):
     if rt.compile:
         runtime.compile_blocks(model, rt, s.batch_size, s.block_size)
     # The model is what is evaluated and saved; `trained` is the same, wrapped where gradients are averaged.
-    trained = runtime.wrap(model, rt)
+    trained = runtime.wrap(model, rt, s.batch_size, s.block_size)
 
     if s.eval_only:
         say(f"step {step:,} | val loss {evaluate(model, val_ids, s, rt):.4f}")
@@ -402,7 +416,7 @@ def train(s):
             out.mkdir(parents=True, exist_ok=True)
             held = FileLock(out / ".lock")  # let go by the system, however this process ends
             held.acquire(timeout=0)
-            (out / "final.pt").unlink(missing_ok=True)  # of the same run, when it was to be shorter
+            (out / "final.pt").unlink(missing_ok=True)  # left from when max_iters was smaller
             # Of a write that was killed; and of an older run, which is to be overwritten.
             for pattern in [f"{name}.partial" for name in RUN_FILES] + list(RUN_FILES if not resume_path else ()):
                 for old in out.glob(pattern):
@@ -414,19 +428,16 @@ def train(s):
             at = f", {error.filename}" if error.filename else ""
             raise config.UserError(f"out_dir={out} can't be written ({error.strerror}{at}); name another") from None
         wandb = WandB(s, ckpt.get("wandb_run_id", ""))
-    just_resumed, saved_at, failed_at = bool(ckpt), step if ckpt else -1, 0.0
-    writer = checkpoint.Writer(background=rt.device.type == "cuda")
+    just_resumed, saved_at, failed_at, best_written = bool(ckpt), step if ckpt else -1, 0.0, best_val_loss
     del ckpt
 
     def diverged(how):
+        writer.finished(wait=True)
         last = f"the last good checkpoint stands in {out}: go on from it" if (out / "ckpt.pt").exists() else "start"
         return config.UserError(f"the run has diverged at step {step:,}: {how}; {last} with a lower --learning_rate")
 
-    def save(name, *links, before=math.inf):
-        """Write the run, or the weights alone for best.pt and final.pt. A failure is said; it is no end by itself.
-
-        `before` is the best validation loss before this one, which still stands where best.pt can't be written.
-        """
+    def save(name, *links):
+        """Write the run, or the weights alone for best.pt and final.pt. A failure is said; it is no end by itself."""
         if not master:
             return
         if not torch.stack([x for p in model.parameters() for x in torch.aminmax(p.detach())]).isfinite().all():
@@ -449,24 +460,25 @@ def train(s):
                 "wandb_run_id": wandb.id,
             }
 
-        def then(error, step=step):
-            nonlocal saved_at, failed_at, best_val_loss
+        def written(error, step=step, loss=best_val_loss):
+            nonlocal saved_at, failed_at, best_val_loss, best_written
             if not error:
                 saved_at = step if name == "ckpt.pt" else saved_at
+                best_written = loss if name == "best.pt" else best_written
                 if s.wandb_log_checkpoints and name != "final.pt":
                     wandb.log_file(out / name)
                 return
-            failure = f"{out / name} could not be written ({error.strerror or error})"
+            failure = f"{' and '.join([str(out / name), *links])} could not be written ({error.strerror or error})"
             if not (out / "ckpt.pt").exists():
                 raise config.UserError(f"{failure}; make room there, or name another --out_dir")
             if name == "ckpt.pt":
                 failed_at = time.monotonic()
-                failure += f"; the older one stands, the next attempt follows in {RETRY_SECONDS} s"
-            if name == "best.pt":
-                best_val_loss = before
+                failure += f"; the older one stands, the next attempt at ckpt.pt follows in {RETRY_SECONDS} s"
+            if name == "best.pt" and best_val_loss == loss:
+                best_val_loss = best_written  # the next that is better than what is on the disk
             say(failure)
 
-        writer.write(out / name, state, [out / link for link in links], then)
+        writer.write(out / name, state, [out / link for link in links], written)
 
     # ---- the loop ----
     stop, stopping = runtime.StopSignal(), False
@@ -476,7 +488,7 @@ def train(s):
     peak = rt.peak_flops() * rt.world_size
     while True:
         # -- the state is the one after `step` steps: evaluate it, save it, write its row
-        began, links, best_before = time.perf_counter(), [], best_val_loss
+        began, links = time.perf_counter(), []
         writer.finished()
         evaluates = s.eval_interval and (step % s.eval_interval == 0 or step == max_iters)
         evaluates = evaluates and "val_loss" not in row and not (stopping and step < max_iters)
@@ -494,17 +506,17 @@ def train(s):
         if s.save_epochs and epoch // s.save_epochs > before // s.save_epochs:
             links.append(f"ckpt_epoch_{epoch}.pt")
         again = failed_at and time.monotonic() - failed_at > RETRY_SECONDS
-        if not just_resumed and (links or again or evaluates and (better or s.always_save_checkpoint)):
+        saves = links or again or evaluates and (better or s.always_save_checkpoint)
+        if not just_resumed and (saves or step == 0):  # the first one shows at once whether the disk takes it
             failed_at = 0.0
             save("ckpt.pt", *links)
         if better:
-            save("best.pt", before=best_before)
-        if master and row and not (stopping and saved_at != step):
+            save("best.pt")
+        if master and row and not (stopping and step < max_iters and saved_at != step):  # else the resume writes it
             # JSON has no NaN and no infinity: null says that a figure was not finite.
             finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
             try:
-                with open(out / "metrics.jsonl", "a", encoding="utf-8") as metrics:
-                    metrics.write(json.dumps(finite) + "\n")
+                append_line(out / "metrics.jsonl", json.dumps(finite))
             except OSError as error:
                 say(f"{out / 'metrics.jsonl'} could not be written ({error.strerror}); training goes on")
             wandb.log(row)
@@ -538,7 +550,7 @@ def train(s):
             skipped += 1
             # A loss scale that is too high is found out this way, and lowered; without one it is the run that is ill.
             skipped_in_a_row += not scaler.is_enabled() or scaler.get_scale() <= 1
-            say(f"step {step + 1:,} skipped, the {skipped:,}. of the run: loss {loss}, gradient norm {norm}")
+            say(f"step {step + 1:,} skipped, no. {skipped:,} of the run: loss {loss}, gradient norm {norm}")
             if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
                 raise diverged(f"{MAX_SKIPPED_IN_A_ROW} steps in a row were not finite")
         scaler.update()

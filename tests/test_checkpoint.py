@@ -196,7 +196,8 @@ def test_background_writes_hold_what_they_were_given_in_their_order_and_report_f
         save(path, state, links)
 
     monkeypatch.setattr(checkpoint, "save", slow)
-    writer, weight = checkpoint.Writer(background=True), torch.zeros(4)
+    monkeypatch.setattr(checkpoint.Writer, "in_background", lambda self, state: True)
+    writer, weight = checkpoint.Writer(), torch.zeros(4)
     for n in range(4):
         weight.fill_(n)  # as the training goes on
         state = {"model": {"a": weight, "tied": weight}, "model_args": {}, "n": n}

@@ -965,7 +965,7 @@ def test_a_first_window_begins_with_the_end_of_text_and_full_ones_are_disjoint(n
 
 @pytest.mark.parametrize(
     ("ids", "expected"),
-    [([50256, 5, 50256, 6, 7], [50256, 5, 50256, 6, 7]), ([5, 50256, 6, 7, 50256], [50256, 5, 50256, 6, 7, 50256])],
+    [([50256, 5, 50256, 6, 7], [50256, 5, 50256, 6, 7]), ([5, 50256, 6, 7, 50256], [50256, 5, 50256, 6, 7])],
 )
 def test_nanogpts_end_of_texts_come_after_documents(cwd, ids, expected):
     Path("data/d").mkdir(parents=True)

@@ -6,7 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
+import threading
 from pathlib import Path
 
 import pytest
@@ -68,6 +68,16 @@ def test_several_processes_train_as_one_does(train, processes):
 
 
 @pytest.mark.stress
+def test_four_processes_go_on_to_the_same_bits(corpus):
+    """Of three and more it matters in which order they are summed."""
+    more = ["--save_interval=7", "--out_dir=out/whole"]
+    finish("--standalone", "--nproc_per_node=4", settings=more)
+    finish("--standalone", "--nproc_per_node=4", settings=["--max_iters=7", "--lr_decay_iters=20"])
+    finish("--standalone", "--nproc_per_node=4")
+    assert difference("out/whole", "out") == 0
+
+
+@pytest.mark.stress
 def test_a_run_changes_its_number_of_processes_at_a_resume(train):
     assert train(*ARGS[len(TINY) :], "--out_dir=out/one")[0] == 0
     until = [f"--max_iters={n}" for n in (8, 14)]
@@ -84,10 +94,17 @@ def test_a_run_changes_its_number_of_processes_at_a_resume(train):
 def workers(launcher):
     """The process ids of a launcher's workers, once they train."""
     children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
-    for line in launcher.stdout:
-        if line.startswith("step 4/"):
-            return [int(pid) for pid in children.read_text().split()]
-    raise AssertionError("it never trained")
+    wait_for("step 4/", launcher)
+    return [int(pid) for pid in children.read_text().split()]
+
+
+def wait_for(text, launcher, seconds=60):
+    """Read a launcher's output up to a line with this text."""
+    killer = threading.Timer(seconds, launcher.kill)
+    killer.start()
+    found = any(text in line for line in launcher.stdout)
+    killer.cancel()
+    assert found, f"{text!r} did not come"
 
 
 @pytest.mark.stress
@@ -99,11 +116,7 @@ def test_a_dead_process_ends_the_others_and_torchrun_s_restart_goes_on(corpus, r
     process = launch("--standalone", "--nproc_per_node=2", "--max-restarts=2", settings=more)
     victims = workers(process)
     os.kill(victims[rank], signal.SIGKILL)
-    began = time.monotonic()
-    for line in process.stdout:
-        if "resuming out/ckpt.pt" in line:
-            break
-    assert time.monotonic() - began < 60
+    wait_for("resuming out/ckpt.pt", process)
     rest, _ = process.communicate(timeout=240)
     assert process.returncode == 0 and "finished 600 steps" in rest
     assert difference("out/whole", "out") == 0 and losses("out/whole") == losses("out")

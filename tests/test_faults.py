@@ -11,9 +11,11 @@ import os
 import pickle
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -33,9 +35,10 @@ import sample
 import train as train_py
 
 ROOT = Path(train_py.__file__).parent
+LIBC = ctypes.CDLL(None)
 NOWHERE = "http://127.0.0.1:9"  # nothing listens there
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "HF_ENDPOINT": NOWHERE, "WANDB_BASE_URL": NOWHERE, "WANDB_SILENT": "true"}
-ENV |= {"WANDB_API_KEY": "0123456789abcdef" * 2 + "secret00", "HF_HUB_DISABLE_TELEMETRY": "1"}
+ENV |= {"WANDB_API_KEY": "0123456789abcdef" * 2 + "secret00", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HOME": "hub"}
 ON = [*TINY, "--out_dir=out/a"]  # goes on with the run of `before`
 NEW = [*TINY, "--out_dir=out/new", "--max_iters=4"]
 
@@ -185,8 +188,8 @@ REFUSED = {
     "not divisible": (None, ["train", *NEW, "--n_head=3"], "not divisible by n_head=3"),
     "a billion layers": (None, ["train", *NEW, "--n_layer=1e9"], "take a smaller n_layer"),
     "a huge width": (None, ["train", *NEW, "--n_embd=1e9"], "take a smaller n_layer, n_embd"),
-    "a huge MLP": (None, ["train", *NEW, "--n_inner=1e13"], "n_inner"),
-    "a huge batch": (None, ["train", *NEW, "--batch_size=1e12"], "batch_size"),
+    "a huge MLP": (None, ["train", *NEW, "--n_inner=1e13"], "M parameters and 64 tokens"),
+    "a huge batch": (None, ["train", *NEW, "--batch_size=1e12"], "tokens in a micro-batch take more"),
     "a block longer than the text": (None, ["train", *NEW, "--block_size=1e6"], "take block_size="),
     "no such choice": (None, ["train", *NEW, "--compile=maybe"], "one of auto, True, False"),
     "no such precision": (None, ["train", *NEW, "--dtype=float8"], "one of auto, float32"),
@@ -213,7 +216,7 @@ REFUSED = {
     "zero length": (put("out/a/ckpt.pt", ""), ["train", *ON], "ckpt_iter_4.pt"),
     "cut short": (cut("out/a/ckpt.pt", 0.7), ["train", *ON], "--resume_from=PATH"),
     "a flipped bit": (flip("out/a/ckpt.pt", 0.5), ["train", *ON], "is damaged"),
-    "a folder": (folder_at("out/a/ckpt.pt"), ["train", *ON], "ckpt.pt"),
+    "a folder": (folder_at("out/a/ckpt.pt"), ["train", *ON], "there is no checkpoint out/a/ckpt.pt"),
     "no checkpoint at all": (put("out/a/ckpt.pt", "It was a dark night."), ["train", *ON], "is damaged"),
     "another model": (None, ["train", *ON, "--n_layer=3"], "n_layer was 2 and is 3"),
     "another seed": (None, ["train", *ON, "--seed=1"], "seed was 1337 and is 1"),
@@ -243,7 +246,7 @@ REFUSED = {
     "a lying checksum": (meta(lambda m: m["splits"]["val"].update(sha256="0")), ["train", *NEW], "not the file"),
     "a lying dtype": (meta(lambda m: m.update(dtype="uint32")), ["train", *NEW], "prepare it again"),
     "a lying vocabulary": (meta(lambda m: m.update(vocab_size=99)), ["train", *NEW], "beyond the vocabulary of 99"),
-    "an unknown tokenizer": (meta(lambda m: m.update(tokenizer="words")), ["sample", "--out_dir=out/b"], "out/b"),
+    "an unknown tokenizer": (meta(lambda m: m.update(tokenizer="words")), ["eval"], "was made with 'words'"),
     "a meta.pkl that carries code": (nanogpt_s_data, ["train", *NEW], "not a nanoGPT character vocabulary"),
     # places
     "out_dir is a file": (put("out/new", "x"), ["train", *NEW], "out_dir=out/new can't be written"),
@@ -267,12 +270,12 @@ REFUSED = {
     "another dataset's tokenizer": (None, ["eval", "--dataset=words"], "take a dataset with the model's"),
     "no such split": (None, ["eval", "--split=valid"], "one of"),
     # preparing
-    "no files": (None, ["prepare_text", "--dataset=x"], "name"),
+    "no files": (None, ["prepare_text", "--dataset=x"], "name the files"),
     "no such file": (None, ["prepare_text", "x.txt", "--dataset=x"], "no such file, folder or glob"),
     "a file that is not UTF-8": (put("b", b"a\xff\nb\n"), ["prepare_text", "b", "--dataset=x"], "byte 1 is not UTF-8"),
-    "a dataset that is there": (None, ["prepare_text", "book.txt", "--dataset=tiny"], "overwrite"),
-    "a path for a name": (None, ["prepare_text", "book.txt", "--dataset=../x"], "dataset"),
-    "a share of two": (None, ["prepare_text", "book.txt", "--dataset=x", "--val_fraction=2"], "val_fraction"),
+    "a dataset that is there": (None, ["prepare_text", "book.txt", "--dataset=tiny"], "--overwrite=True replaces it"),
+    "a path for a name": (None, ["prepare_text", "book.txt", "--dataset=../x"], "give the data a name"),
+    "a share of two": (None, ["prepare_text", "book.txt", "--dataset=x", "--val_fraction=2"], "less than 1"),
     # pictures
     "no such run": (None, ["plot", "out/none"], "name the folder of a run"),
     "rows that are none": (put("out/a/metrics.jsonl", "[]\n"), ["plot", "out/a"], "not the metrics of a run"),
@@ -332,7 +335,7 @@ def unprivileged(**limits):
     """What a child does before it begins: it gives up the right to write where it may not, and takes limits."""
 
     def act():
-        ctypes.CDLL(None).prctl(24, 1)  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE: matters to root only
+        LIBC.prctl(24, 1)  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE: matters to root only
         for name, value in limits.items():
             resource.setrlimit(getattr(resource, name), (value, value))
 
@@ -357,6 +360,8 @@ def test_an_out_dir_that_becomes_read_only_and_writable_again(folder):
     args = [*TINY, "--max_iters=3000", "--eval_interval=50", "--eval_iters=1", "--log_interval=50"]
     command = [sys.executable, "-u", ROOT / "train.py", *args, "--out_dir=out/b"]
     with subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, text=True, preexec_fn=unprivileged()) as process:
+        killer = threading.Timer(120, process.kill)
+        killer.start()
         for line in process.stdout:
             if line.startswith("step 100 |"):
                 os.chmod("out/b", 0o555)
@@ -364,6 +369,7 @@ def test_an_out_dir_that_becomes_read_only_and_writable_again(folder):
                 os.chmod("out/b", 0o755)
                 break
         rest = process.stdout.read()
+        killer.cancel()
     assert process.returncode == 0 and "finished 3,000 steps" in rest
     assert run("train", *args, "--out_dir=out/c").returncode == 0 and same_run("out/b", "out/c")
 
@@ -446,19 +452,67 @@ def test_a_save_that_fails_is_tried_again(train, monkeypatch):
     assert status == 2 and "make room there" in err and "step 1/12" not in out  # at once, not after a day
 
 
-def test_best_weights_that_could_not_be_written_leave_their_rank_to_the_next(train, monkeypatch):
-    save = checkpoint.save
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize(("losses", "best"), [([5, 3, 4, 4.5], 8), ([5, 3, 2.5, 4], 8), ([5, 3, 6, 5.5], 0)])
+def test_best_weights_that_could_not_be_written_leave_their_place_to_the_next(
+    train, monkeypatch, background, losses, best
+):
+    save, losses = checkpoint.save, iter(losses)
 
     def write(path, state, links=()):
+        time.sleep(0.02 * background)
         if path.name == "best.pt" and state["iter_num"] == 4:
             raise OSError(28, "No space left on device")
         save(path, state, links)
 
     monkeypatch.setattr(checkpoint, "save", write)
-    losses = iter([5.0, 3.0, 4.0, 4.5])
-    monkeypatch.setattr(train_py, "evaluate", lambda *a: next(losses))
+    monkeypatch.setattr(checkpoint.Writer, "in_background", lambda self, state: background)
+    monkeypatch.setattr(train_py, "evaluate", lambda *a: float(next(losses)))
     assert train("--out_dir=out/a")[0] == 0
-    assert checkpoint.load("out/a/best.pt")["iter_num"] == 8
+    assert checkpoint.load("out/a/best.pt")["iter_num"] == best
+
+
+def test_writing_in_the_background_changes_nothing(train, monkeypatch):
+    save = checkpoint.save
+    assert train("--out_dir=out/a", "--save_interval=3")[0] == 0
+    monkeypatch.setattr(checkpoint, "save", lambda *args, **more: (time.sleep(0.05), save(*args, **more)))
+    monkeypatch.setattr(checkpoint.Writer, "in_background", lambda self, state: True)
+    assert train("--out_dir=out/b", "--save_interval=3", "--max_iters=7", "--lr_decay_iters=12")[0] == 0
+    assert train("--out_dir=out/b", "--save_interval=3")[0] == 0
+    assert same_run("out/a", "out/b")
+    for name in ("ckpt.pt", "best.pt", "ckpt_iter_3.pt", "ckpt_iter_9.pt"):
+        a, b = (checkpoint.load(f"out/{out}/{name}")["model"] for out in "ab")
+        assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_signal_in_the_last_step_loses_no_row(train, monkeypatch, background):
+    forward, count = train_py.GPT.forward, [0]
+
+    def call(self, x, y=None):
+        count[0] += 1
+        if count[0] == 2 * 12:  # micro-batches
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward(self, x, y)
+
+    monkeypatch.setattr(train_py.GPT, "forward", call)
+    monkeypatch.setattr(checkpoint.Writer, "in_background", lambda self, state: background)
+    assert train("--out_dir=out/a", "--eval_interval=0")[0] == 0
+    assert [json.loads(line)["step"] for line in Path("out/a/metrics.jsonl").open()] == list(range(1, 13))
+
+
+def test_a_row_is_added_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "rows"
+    train_py.append_line(path, "one")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6, limit[1]))
+    try:
+        with pytest.raises(OSError, match="No space|too large"):
+            train_py.append_line(path, "two")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    train_py.append_line(path, "three")
+    assert path.read_text() == "one\nthree\n"
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])

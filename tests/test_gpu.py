@@ -1,16 +1,36 @@
 """What only a CUDA GPU can show: `python -m pytest -m gpu`."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import TINY
 from torch.nn import functional as F
 
 import checkpoint
+import runtime
 from model import GPT, ChunkedCrossEntropy, GPTConfig
 
+ROOT = Path(runtime.__file__).parent
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
+
+
+@pytest.fixture(autouse=True)
+def as_before():
+    """Training turns TF32 and deterministic kernels on for the whole process."""
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [b.allow_tf32 for b in backends], torch.utils.deterministic.fill_uninitialized_memory
+    for backend in backends:
+        backend.allow_tf32 = False
+    yield
+    for backend, value in zip(backends, before[0], strict=True):
+        backend.allow_tf32 = value
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
 
 # Wide enough for tensor cores, small enough for seconds.
 RUN = ["--device=cuda", "--n_embd=128", "--n_head=4", "--max_iters=60", "--learning_rate=3e-3", "--eval_interval=20"]
@@ -32,13 +52,14 @@ def same(a, b):
 @pytest.mark.parametrize("compiled", ["False", "True"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_trains_along_float32(train, dtype, compiled):
-    """Without dropout, whose masks another kernel draws differently. 8 bits of a bfloat16 are 0.4 %."""
+    """Without dropout, whose masks another kernel draws differently."""
     assert train(*RUN, "--dropout=0", "--dtype=float32", "--out_dir=out/a")[0] == 0
     status, out, err = train(*RUN, "--dropout=0", f"--dtype={dtype}", f"--compile={compiled}", "--out_dir=out/b")
     assert status == 0, err
     full, half = losses("out/a"), losses("out/b")
-    assert full[-1] < full[0] - 1 and (full - half).abs().max() < 0.05
-    assert ("scale" in out) == (dtype == "float16")
+    assert ("scale" in out) == (dtype == "float16") and "skipped, no." not in out
+    # Where the loss falls steeply a small difference shows large; at the end it does not.
+    assert full[-1] < full[0] - 1 and abs(full[-20:].mean() - half[-20:].mean()) < 0.05
 
 
 def test_a_loss_scale_that_is_too_high_skips_steps_and_is_lowered(train, monkeypatch):
@@ -48,22 +69,20 @@ def test_a_loss_scale_that_is_too_high_skips_steps_and_is_lowered(train, monkeyp
     assert status == 0, err
     last = rows("out/a")[-1]
     assert 0 < last["skipped_steps"] < 40 and last["loss_scale"] < 2.0**40
-    assert out.count(" skipped, the ") == last["skipped_steps"] and losses("out/a")[-1] < 4.5
+    assert out.count(" skipped, no. ") == last["skipped_steps"] and losses("out/a")[-1] < 4.5
     assert checkpoint.load("out/a/ckpt.pt")["scaler"]["scale"] == last["loss_scale"]
 
 
+@pytest.mark.parametrize("compiled", ["False", "True"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_deterministic_gives_the_same_bits_and_a_resume_too(train, dtype):
-    args = [*RUN, "--deterministic=True", f"--dtype={dtype}", "--lr_decay_iters=60"]
-    try:
-        for out in ("out/a", "out/b"):
-            assert train(*args, f"--out_dir={out}")[0] == 0
-        assert same("out/a", "out/b") and torch.equal(losses("out/a"), losses("out/b"))
-        assert train(*args, "--out_dir=out/c", "--max_iters=20")[0] == 0
-        assert train(*args, "--out_dir=out/c")[0] == 0
-        assert same("out/a", "out/c")
-    finally:
-        torch.use_deterministic_algorithms(False)
+def test_deterministic_gives_the_same_bits_and_a_resume_too(train, dtype, compiled):
+    args = [*RUN, "--deterministic=True", f"--dtype={dtype}", f"--compile={compiled}", "--lr_decay_iters=60"]
+    for out in ("out/a", "out/b"):
+        assert train(*args, f"--out_dir={out}")[0] == 0
+    assert same("out/a", "out/b") and torch.equal(losses("out/a"), losses("out/b"))
+    assert train(*args, "--out_dir=out/c", "--max_iters=20")[0] == 0
+    assert train(*args, "--out_dir=out/c")[0] == 0
+    assert same("out/a", "out/c")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -72,15 +91,15 @@ def test_the_chunked_loss_beside_float64(dtype):
     torch.manual_seed(0)
     x = torch.randn(4096, 64, device="cuda")
     w = torch.randn(100_003, 64, device="cuda") * 0.1
-    y = torch.randint(-1, 100_003, (4096,), device="cuda").clamp(min=-1)
+    y = torch.randint(100_003, (4096,), device="cuda")
     y[::7] = -1
     exact = [t.double().requires_grad_() for t in (x, w)]
-    F.cross_entropy(exact[0] @ exact[1].T, y, ignore_index=-1).backward()
+    wanted = F.cross_entropy(exact[0] @ exact[1].T, y, ignore_index=-1)
+    wanted.backward()
     ours = [t.clone().requires_grad_() for t in (x, w)]
     with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
         loss = ChunkedCrossEntropy.apply(*ours, y)
     (loss * 1024).backward()
-    wanted = F.cross_entropy(exact[0].detach() @ exact[1].detach().T, y, ignore_index=-1)
     close = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
     assert loss.dtype == torch.float32 and abs(loss.item() - wanted.item()) < close * wanted.item()
     for a, b in zip(ours, exact, strict=True):
@@ -91,18 +110,20 @@ def test_the_chunked_loss_beside_float64(dtype):
 def test_cached_sampling_writes_what_uncached_does(dtype):
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=64, vocab_size=257, n_layer=2, n_head=4, n_embd=128)).cuda().eval()
+    torch.nn.init.normal_(model.transformer.wpe.weight, std=2.0)  # so that greedy text does not repeat itself
     idx = torch.randint(257, (3, 5), device="cuda")
     with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
-        cached, plain = (list(model.generate(idx, 100, temperature=0, use_cache=c)) for c in (True, False))
-    # Half precision may decide a near tie otherwise; from there on the texts are others.
-    equal = (torch.stack(cached) == torch.stack(plain)).float().mean().item()
-    assert equal == 1 if dtype == torch.float32 else equal > 0.2
+        cached, plain = (torch.stack(list(model.generate(idx, 100, temperature=0, use_cache=c))) for c in (True, False))
+    assert len(plain.unique()) > 20
+    # Half precision may decide a near tie otherwise; from there on the texts are others, so only the first ids count.
+    n = 100 if dtype == torch.float32 else 3
+    assert torch.equal(cached[:n], plain[:n])
 
 
 def test_saving_goes_on_in_the_background_and_holds_what_it_was_given(tmp_path):
     state = {"model": {"a": torch.ones(1 << 20, device="cuda")}, "model_args": {}}
     state["model"]["b"] = state["model"]["a"]  # tied
-    writer, errors = checkpoint.Writer(background=True), []
+    writer, errors = checkpoint.Writer(), []
     writer.write(tmp_path / "x.pt", state, [], errors.append)
     state["model"]["a"].zero_()
     writer.finished(wait=True)
@@ -111,6 +132,24 @@ def test_saving_goes_on_in_the_background_and_holds_what_it_was_given(tmp_path):
     assert (tmp_path / "x.pt").stat().st_size < 5 << 20  # stored once
 
 
-def test_a_gpu_s_memory_is_known_and_running_out_of_it_is_one_line(train):
+def test_what_cannot_fit_into_the_gpu_s_memory_is_refused(train):
     status, _, err = train(*RUN, "--n_layer=2000", "--n_embd=8192", "--out_dir=out/a")
     assert status == 2 and "take a smaller n_layer" in err and len(err.splitlines()) == 1
+
+
+def test_running_out_of_the_gpu_s_memory_says_which_batch_trains_the_same(train):
+    """Sequences of so many that check_memory's least would fit three times."""
+    rt = runtime.choose("cuda", "float32", False)
+    batch = 2 * (rt.memory() // 3 // (16 * (16 + 2 * 2 * 128 * 4)) // 2)
+    status, _, err = train(*RUN, "--dtype=float32", "--eval_interval=0", f"--batch_size={batch}", "--out_dir=out/a")
+    assert status == 2 and "out of memory" in err and f"--batch_size={batch // 2}" in err
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no two GPUs")
+def test_two_gpus_train_as_one_does(train):
+    args = [*TINY, *RUN, "--dtype=float32", "--gradient_accumulation_steps=4"]
+    assert train(*args, "--out_dir=out/a")[0] == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*command, ROOT / "train.py", *args, "--out_dir=out/b"], capture_output=True, text=True)
+    assert done.returncode == 0 and "2 processes" in done.stdout, done.stderr
+    assert (losses("out/a") - losses("out/b")).abs().max() < 1e-2
