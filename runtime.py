@@ -6,6 +6,7 @@ import re
 import signal
 import sys
 import time
+import uuid
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -248,13 +249,31 @@ def start_processes(rt, backend):
         store, rank, world_size = next(torch.distributed.rendezvous("env://", timeout=PREPARING))
     except (torch.distributed.DistError, ValueError) as error:
         raise RuntimeChoiceError(f"the processes can't meet ({error}); start them by torchrun") from None
-    # One machine may still prepare its data when another has it: they wait for each other here, patiently.
-    if store.add("prepared", 1) == world_size:
-        store.set("all prepared", "")
-    store.wait(["all prepared"], PREPARING)
-    group = torch.distributed.PrefixStore("group", store)
+    group = torch.distributed.PrefixStore(meet(store, rank, world_size), store)
     backend = backend if rt.device.type == "cuda" else "gloo"
     torch.distributed.init_process_group(backend, timeout=GROUP_TIMEOUT, world_size=world_size, rank=rank, store=group)
+
+
+def meet(store, rank, world_size):
+    """Wait for all processes, patiently: on another machine one may still prepare its data. Returns the meeting's name.
+
+    torchrun's store outlives a restart, and who took the addresses of the dead out of it would wait for them. So a
+    meeting has a name of its own, and counts for a process only if the first one has seen it there.
+    """
+    me = uuid.uuid4().hex
+    if rank == 0:
+        others = [f"{me}/{r}" for r in range(1, world_size)]
+        store.set("meeting", me)
+        store.wait(others, PREPARING)
+        store.set(f"{me}/present", " ".join(store.get(other).decode() for other in others))
+        return me
+    while True:
+        store.wait(["meeting"], PREPARING)
+        meeting = store.get("meeting").decode()
+        store.set(f"{meeting}/{rank}", me)
+        if store.check([f"{meeting}/present"]) and me in store.get(f"{meeting}/present").decode().split():
+            return meeting
+        time.sleep(0.1)
 
 
 def wrap(model, rt, batch_size, block_size):

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -123,3 +124,17 @@ def test_a_second_signal_stops_at_once_but_not_within_a_second(monkeypatch):
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def test_processes_meet_though_the_store_remembers_those_who_died():
+    """Three times three of them, each time with what is left of the meetings before."""
+    store, met = torch.distributed.HashStore(), []
+    for _ in range(3):
+        with ThreadPoolExecutor(3) as pool:
+            # The one who calls the meeting comes last, so that the others find what is left of the one before.
+            later = [pool.submit(runtime.meet, store, rank, 3) for rank in (2, 1)]
+            time.sleep(0.25)
+            names = {pool.submit(runtime.meet, store, 0, 3).result(10), *(f.result(10) for f in later)}
+        assert len(names) == 1
+        met += names
+    assert len(set(met)) == 3
