@@ -8,6 +8,7 @@ format, n_inner, scaler, sequence_index, skipped_steps, row, tokenizer, data_sha
 import contextlib
 import json
 import os
+import re
 import shutil
 import zipfile
 from collections import deque
@@ -20,6 +21,8 @@ import torch
 from model import GPT, GPTConfig, model_args
 
 FORMAT = 1
+KINDS = {"model": dict, "model_args": dict, "config": dict, "format": int, "iter_num": int, "tokenizer": str}
+KINDS |= {"best_val_loss": (int, float, torch.Tensor)}  # nanoGPT's is a tensor
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
 
@@ -47,7 +50,9 @@ def save(path, checkpoint, links=()):
                 shutil.copyfile(partial, link.with_name(link.name + ".partial"))
                 os.replace(link.with_name(link.name + ".partial"), link)
         os.replace(partial, path)
-    except RuntimeError as error:  # torch's writer hides what the system said, such as a full disk
+    except RuntimeError as error:  # torch's writer speaks over what the system said, such as a full disk
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
         raise OSError(f"writing {path} failed: {error}") from None
     finally:
         with contextlib.suppress(OSError):
@@ -130,6 +135,8 @@ def load(path):
         # torch.load does not look at the archive's checksums.
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be read ({error.strerror or error}); it may be whole") from None
     except Exception as error:  # whatever zipfile meets in damaged bytes
         damaged = str(error) or type(error).__name__
     if damaged:
@@ -141,10 +148,14 @@ def load(path):
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever an unpickler meets in a file that is not a checkpoint
-        reason = " ".join(str(error).split())[:150]
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it names {named[1]}" if named else " ".join(str(error).split())[:150]
         raise CheckpointError(f"{path} is not a checkpoint of plain data ({reason}); it was not opened") from None
     if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
         raise CheckpointError(f"{path} holds no model and model_args: it is not a checkpoint of ours or nanoGPT's")
+    wrong = [k for k, kinds in KINDS.items() if k in checkpoint and not isinstance(checkpoint[k], kinds)]
+    if wrong:
+        raise CheckpointError(f"{path} is none of ours or nanoGPT's: its {wrong[0]} is of another kind")
     if checkpoint.get("format", FORMAT) > FORMAT:
         raise CheckpointError(f"{path} was written by a newer version of this program; update this one")
     return checkpoint
@@ -176,7 +187,7 @@ def find(out_dir):
 
 def newest_run(root="out"):
     """The folder under `root`, or `root` itself, whose checkpoint is the newest. Raises CheckpointError for none."""
-    found = [p for folder in (Path(root), *Path(root).glob("*/")) for p in folder.glob("*.pt")]
+    found = [p for folder in (Path(root), *Path(root).glob("*/")) if (p := find(folder))]
     if not found:
         raise CheckpointError(f"there is no run under {root}/; train one, or name a model by --init_from=")
     return max(found, key=lambda p: p.stat().st_mtime).parent
@@ -233,7 +244,9 @@ def open_model(source):
         model = GPT.from_huggingface(repo)
     except (ValueError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{source} cannot be opened: {reason}") from None
+        raise CheckpointError(
+            f"{source} cannot be opened: {reason}; without a network, give a checkpoint or a folder"
+        ) from None
     V = model.config.vocab_size
     spec = {50257: "gpt2", 257: "bytes"}.get(V, f"of {source}, which has {V:,} ids,")
     if path.is_dir():  # export.py says which

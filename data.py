@@ -109,6 +109,9 @@ class CharTokenizer:
         return "".join(self.chars[i] for i in ids).encode()
 
 
+KNOWN_SIZES = {t.spec: t.vocab_size for t in (Gpt2Tokenizer, BytesTokenizer)}
+
+
 def tokenizer(spec):
     """The tokenizer that a meta.json or a checkpoint names: `gpt2`, `bytes`, or `char:` and its characters."""
     if spec.startswith("char:"):
@@ -388,12 +391,15 @@ class Dataset:
                 self.tokenizer_spec, self.vocab_size = str(meta["tokenizer"]), int(meta["vocab_size"])
                 self.dtype, self.splits = np.dtype(meta["dtype"]).newbyteorder("<"), dict(meta["splits"])
                 counts = [c[k] for c in self.splits.values() for k in COUNTS]
-                if self.dtype.kind != "u" or not all(c is None or c >= 0 for c in counts):
+                if self.dtype.kind != "u" or not all(c is None or type(c) is int and c >= 0 for c in counts):
                     raise ValueError("impossible values")
+                if KNOWN_SIZES.get(self.tokenizer_spec, self.vocab_size) != self.vocab_size:
+                    raise ValueError(f"{self.tokenizer_spec} has not {self.vocab_size} ids")
                 for c in self.splits.values():
-                    if any(len(column) != c["documents"] for column in c.get("per_document", {}).values()):
-                        raise ValueError("counts of other documents")
-            except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+                    for k, column in c.get("per_document", {}).items():
+                        if (len(column), sum(column)) != (c["documents"], c[k]):
+                            raise ValueError("counts of other documents")
+            except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
                 raise DataError(
                     f"{meta_path} is not readable as a dataset's meta.json ({type(error).__name__}: {error}); "
                     "prepare the data again"
@@ -452,7 +458,11 @@ class Dataset:
         if self.eot < 0:
             raise DataError(f"{self.folder} has no end-of-text that would part documents; --protocol=stream needs none")
         self.verify(split)
-        tokens = np.asarray(self.tokens(split))
+        tokens, documents = np.asarray(self.tokens(split)), self.splits[split]["documents"]
+        if documents not in (None, found := np.count_nonzero(tokens == self.eot)):
+            raise DataError(
+                f"{self.paths[split]} has {found:,} end-of-texts, meta.json says {documents:,}; prepare it again"
+            )
         if tokens[0] == self.eot:
             return tokens
         return np.concatenate([np.array([self.eot], tokens.dtype), tokens[: -1 if tokens[-1] == self.eot else None]])

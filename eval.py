@@ -15,6 +15,7 @@ Each of these tokens is scored exactly once. A figure's +- is its standard error
 
 import json
 import math
+import os
 import sys
 import tempfile
 import time
@@ -199,6 +200,19 @@ def check_writable(path):
         raise config.UserError(f"{path} can't be written ({error.strerror}); --json=PATH names another") from None
 
 
+def write_whole(path, text):
+    """Replace a file, or leave it as it was; what is no file, such as /dev/stdout, is written to."""
+    partial = path.with_name(f"{path.name}.partial") if path.is_file() or not path.exists() else path
+    try:
+        partial.write_text(text, encoding="utf-8")
+        if partial != path:
+            os.replace(partial, path)
+    except OSError:
+        if partial != path:
+            partial.unlink(missing_ok=True)
+        raise
+
+
 def main():
     s = config.load(Settings, command_line_only=("init_from", "block_size", "compile"))
     config.check(s, positive="batch_size", not_negative="block_size stride")
@@ -224,6 +238,8 @@ def main():
         raise config.UserError(f"stride={s.stride} is more than block_size={T} and would leave out tokens; take less")
     if 0 < s.stride == T:
         s.stride = 0
+    if s.stride and s.protocol not in ("", "stream"):
+        raise config.UserError(f"stride={s.stride} is for --protocol=stream; {s.protocol} has none")
     path = Path(s.json) if s.json else opened.path and opened.path.with_name(f"eval_{split}.json")
     if path:
         check_writable(path)
@@ -251,7 +267,7 @@ def main():
     print(f"{rate:,.0f} tokens/s", file=sys.stderr)
     if path:
         try:
-            path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+            write_whole(path, json.dumps(report, indent=2) + "\n")
         except OSError as error:
             raise config.UserError(f"{path} can't be written ({error.strerror}); --json=PATH names another") from None
         print(f"{path} has the figures at full precision", file=sys.stderr)

@@ -67,7 +67,7 @@ def document_spans(path, separator):
     size = path.stat().st_size
     if not separator:
         return np.array([[0, size]])
-    spans, begin, mark = [], 0, separator.encode()
+    spans, begin, mark = [], 0, separator.encode("utf-8", "surrogateescape")
     with mapped(path) as text:
         while begin < size:
             found = text.find(mark, begin)
@@ -123,7 +123,7 @@ def main():
             raise config.UserError(f"data/{s.dataset} is there already; --overwrite=True replaces it")
         files = find_files(s.path)
         spans = [document_spans(path, s.separator) for path in files]
-        if s.separator and all(mapped(path).find(s.separator.encode()) < 0 for path in files):
+        if s.separator and all(mapped(path).find(s.separator.encode("utf-8", "surrogateescape")) < 0 for path in files):
             raise config.UserError(f"--separator={s.separator!r} stands in none of these files; check its spelling")
         if sum(map(len, spans)) == 1 and s.val_fraction:
             i = next(i for i, found in enumerate(spans) if len(found))

@@ -73,6 +73,12 @@ def main():
     opened = checkpoint.open_run(s.out_dir, s.init_from)
     tok = data.tokenizer(opened.tokenizer or data.nanogpt_tokenizer(opened.dataset, opened.model.config.vocab_size))
     model = opened.model.to(rt.device).eval()
+    if tok.vocab_size > model.config.vocab_size:
+        raise checkpoint.CheckpointError(
+            f"{opened.name} has {model.config.vocab_size:,} ids, its tokenizer {tok.vocab_size:,}: they don't belong"
+        )
+    if not torch.stack([p.sum() for p in model.parameters()]).isfinite().all():
+        raise checkpoint.CheckpointError(f"{opened.name} has weights that are not finite: its training has diverged")
     text = read_prompt(s.start)
     prompt = encode_prompt(text, tok)
     print(f"{opened.name}: step {opened.iter_num:,}; {rt.why}", file=sys.stderr)

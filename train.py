@@ -108,6 +108,8 @@ def check(s):
     )
     if s.n_embd % s.n_head:
         raise config.UserError(f"n_embd={s.n_embd} is not divisible by n_head={s.n_head}; change one of them")
+    if s.max_epochs > 1e9:
+        raise config.UserError(f"max_epochs={s.max_epochs}: nobody has the time; take less")
 
 
 def check_memory(model_config, s, rt):
@@ -174,16 +176,21 @@ def run_to_resume(s):
     if s.init_from == "resume" and not last.exists():
         raise config.UserError(f"init_from=resume: there is no {last} to resume; check out_dir, or start from scratch")
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun, after a failure
-    if s.overwrite and not restarted:
-        if Path(s.out_dir).resolve() in Path(s.init_from).resolve().parents:
+    if s.overwrite and not (restarted and last.exists() and checkpoint.load(last)["config"]["overwrite"]):
+        source = Path(s.init_from).resolve()
+        if Path(s.out_dir).resolve() in (source, *source.parents):
             raise config.UserError(
                 f"overwrite=True would remove init_from={s.init_from} itself; take another --out_dir"
             )
         return None
     if s.resume_from:
-        # The command that went back there before, and was cut off since, goes on from where it came to.
+        # The command that went back there before, and was cut off since, goes on from where it came to, or on to a
+        # greater length; once it has finished, other settings are another attempt.
         with contextlib.suppress(checkpoint.CheckpointError):  # a damaged one is what people go back from
-            if last.exists() and checkpoint.load(last).get("config", {}).get("resume_from") == s.resume_from:
+            then = checkpoint.load(last)["config"] if last.exists() else {}
+            length = ("max_iters", "max_epochs")
+            same = all(then.get(k) == v for k, v in asdict(s).items() if k not in (*MAY_DIFFER_UNSAID, *length))
+            if then.get("resume_from") == s.resume_from and (same or not Path(s.out_dir, "final.pt").exists()):
                 return last
         if last.exists() and Path(s.resume_from).resolve().parent != last.resolve().parent:
             here = Path(s.resume_from).parent
@@ -416,7 +423,6 @@ def train(s, writer):
             out.mkdir(parents=True, exist_ok=True)
             held = FileLock(out / ".lock")  # let go by the system, however this process ends
             held.acquire(timeout=0)
-            (out / "final.pt").unlink(missing_ok=True)  # left from when max_iters was smaller
             # Of a write that was killed; and of an older run, which is to be overwritten.
             for pattern in [f"{name}.partial" for name in RUN_FILES] + list(RUN_FILES if not resume_path else ()):
                 for old in out.glob(pattern):
@@ -427,7 +433,8 @@ def train(s, writer):
         except OSError as error:
             at = f", {error.filename}" if error.filename else ""
             raise config.UserError(f"out_dir={out} can't be written ({error.strerror}{at}); name another") from None
-        wandb = WandB(s, ckpt.get("wandb_run_id", ""))
+        same_folder = resume_path and resume_path.resolve().parent == out.resolve()
+        wandb = WandB(s, ckpt["wandb_run_id"] if same_folder else "")
     just_resumed, saved_at, failed_at, best_written = bool(ckpt), step if ckpt else -1, 0.0, best_val_loss
     del ckpt
 
@@ -463,7 +470,9 @@ def train(s, writer):
         def written(error, step=step, loss=best_val_loss):
             nonlocal saved_at, failed_at, best_val_loss, best_written
             if not error:
-                saved_at = step if name == "ckpt.pt" else saved_at
+                if name == "ckpt.pt":
+                    saved_at = step
+                    (out / "final.pt").unlink(missing_ok=True)  # left from when max_iters was smaller
                 best_written = loss if name == "best.pt" else best_written
                 if s.wandb_log_checkpoints and name != "final.pt":
                     wandb.log_file(out / name)

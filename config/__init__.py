@@ -36,6 +36,8 @@ class UserError(Exception):
 
 def run(main, *mistakes):
     """Call main(). A UserError, or one of the exception classes `mistakes`, ends in one line on stderr and status 2."""
+    if hasattr(sys.stdout, "reconfigure"):  # a name that is not UTF-8 must not end a run as it is printed
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
         sys.stdout.flush()
@@ -44,6 +46,12 @@ def run(main, *mistakes):
         sys.exit(141)
     except (UserError, *mistakes) as error:
         print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except OSError as error:  # a file that can't be read or written: the system says why
+        if not error.filename:
+            raise
+        reason = f"{error.filename}: {error.strerror}; mend that, or name another"
+        print(f"{Path(sys.argv[0]).name}: {reason}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr, flush=True)

@@ -119,7 +119,12 @@ def test_a_checkpoint_that_carries_code_is_refused_and_does_not_run(tmp_path, mo
         ({"model_args": SHAPE | {"dropout": 0.0, "bias": True, "n_embd": 16}}, "do not fit"),
         ({"model_args": SHAPE | {"dropout": 0.0, "bias": True, "n_head": 3}}, "do not fit"),
         ({"model": {}}, "do not fit"),
-        ({"model": 3}, "do not fit"),
+        ({"model": 3}, "its model is of another kind"),
+        ({"format": "1"}, "its format is of another kind"),
+        ({"iter_num": None}, "its iter_num is of another kind"),
+        ({"best_val_loss": "x"}, "its best_val_loss is of another kind"),
+        ({"config": [1]}, "its config is of another kind"),
+        ({"tokenizer": 5}, "its tokenizer is of another kind"),
     ],
 )
 def test_another_kind_of_checkpoint_is_one_line(tmp_path, model, change, says):

@@ -140,6 +140,16 @@ def ckpt(**changes):
     return act
 
 
+def ckpt_of(name, **changes):
+    return lambda: torch.save(torch.load(f"out/a/{name}", weights_only=True) | changes, f"out/a/{name}")
+
+
+def not_finite():
+    state = torch.load("out/a/best.pt", weights_only=True)
+    state["model"]["transformer.ln_f.weight"].fill_(float("nan"))
+    torch.save(state, "out/a/best.pt")
+
+
 def other_tokens():
     """A dataset of the same name that agrees with its own meta.json."""
     data.write("tiny", data.BytesTokenizer(), [(s, d, True) for s in data.SPLITS for d in text(40, 9)], 0)
@@ -246,6 +256,14 @@ REFUSED = {
     "a lying checksum": (meta(lambda m: m["splits"]["val"].update(sha256="0")), ["train", *NEW], "not the file"),
     "a lying dtype": (meta(lambda m: m.update(dtype="uint32")), ["train", *NEW], "prepare it again"),
     "a lying vocabulary": (meta(lambda m: m.update(vocab_size=99)), ["train", *NEW], "beyond the vocabulary of 99"),
+    "ids that the tokenizer has not": (meta(lambda m: m.update(tokenizer="gpt2")), ["train", *NEW], "has not 257 ids"),
+    "infinite counts": (meta(lambda m: m["splits"]["val"].update(words=1e999)), ["train", *NEW], "not readable"),
+    "no end to its brackets": (put("data/tiny/meta.json", "[" * 200_000), ["train", *NEW], "not readable"),
+    "counts of other documents": (
+        meta(lambda m: m["splits"]["test"]["per_document"]["words"].append(3)),
+        ["eval"],
+        "counts of other documents",
+    ),
     "an unknown tokenizer": (meta(lambda m: m.update(tokenizer="words")), ["eval"], "was made with 'words'"),
     "a meta.pkl that carries code": (nanogpt_s_data, ["train", *NEW], "not a nanoGPT character vocabulary"),
     # places
@@ -256,6 +274,11 @@ REFUSED = {
     "no such source": (None, ["prepare_wikitext103", "--source=x.zip"], "there is no such folder or zip"),
     "a part of the corpus": (put("src/wiki.test.raw", "x\n"), ["prepare_wikitext103", "--source=src"], "--check=False"),
     # sampling
+    "a name too long": (None, ["train", *NEW, f"--out_dir=out/{'a' * 300}"], "File name too long"),
+    "too many epochs": (None, ["train", *NEW, "--max_epochs=1e308"], "take less"),
+    "weights that are not finite": (not_finite, ["sample"], "not finite"),
+    "a tokenizer of another size": (ckpt_of("best.pt", tokenizer="gpt2"), ["sample"], "they don't belong"),
+    "a stride of documents": (None, ["eval", "--protocol=documents", "--stride=8"], "is for --protocol=stream"),
     "no run": (None, ["sample", "--out_dir=out/none"], "no checkpoint in out/none"),
     "a prompt that is not UTF-8": (None, ["sample", b"--start=\xff\xfe"], "not UTF-8 at byte 0"),
     "no prompt file": (None, ["sample", "--start=FILE:none.txt"], "No such file"),

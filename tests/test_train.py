@@ -217,9 +217,11 @@ def test_other_tokens_are_refused(train):
 
 
 def test_overwrite_starts_anew_but_not_when_torchrun_restarts(train, monkeypatch):
-    train("--out_dir=out/a", "--max_iters=4", "--save_interval=2")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert "at step 4" in train("--out_dir=out/a", "--overwrite=True", "--max_iters=5")[1]
+    train("--out_dir=out/a", "--max_iters=2")
+    # Restarted before it came to clear the folder, and after.
+    assert "resuming" not in train("--out_dir=out/a", "--overwrite=True", "--max_iters=4", "--save_interval=2")[1]
+    assert "at step 4" in train("--out_dir=out/a", "--overwrite=True", "--max_iters=5", "--save_interval=2")[1]
     monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
     status, out, _ = train("--out_dir=out/a", "--overwrite=True", "--max_iters=3", "--n_layer=1")
     assert status == 0 and "resuming" not in out and [r["step"] for r in rows("out/a")] == [0, 1, 2, 3]
@@ -236,6 +238,33 @@ def test_resume_from_goes_back_once(train):
     # The same command again, as after a kill, goes on from where that came to and does not go back a second time.
     _, out, _ = train(*args, "--resume_from=out/a/ckpt_iter_4.pt", "--max_iters=12")
     assert "ckpt.pt at step 10" in out
+    # Once it has finished, another rate is another attempt; the same one is not.
+    other = "--resume_from=out/a/ckpt_iter_4.pt", "--max_iters=12", "--learning_rate=3e-3"
+    assert "ckpt_iter_4.pt at step 4" in train(*args, *other)[1]
+    assert "has finished" in train(*args, *other)[1]
+
+
+def test_what_init_from_names_is_not_overwritten(train):
+    train("--out_dir=out/a", "--max_iters=4")
+    for source in ("out/a", "out/a/best.pt", "out/../out/a"):
+        status, _, err = train("--out_dir=out/a", f"--init_from={source}", "--overwrite=True")
+        assert status == 2 and "would remove" in err
+    assert Path("out/a/best.pt").exists()
+
+
+def test_a_finished_run_keeps_its_final_weights_until_there_are_later_ones(train, monkeypatch):
+    train("--out_dir=out/a", "--max_iters=4")
+    kept = Path("out/a/final.pt").read_bytes()
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", full)
+        assert train("--out_dir=out/a", "--max_iters=8")[0] == 2
+    assert Path("out/a/final.pt").read_bytes() == kept
+    assert train("--out_dir=out/a", "--max_iters=8")[0] == 0
+    assert checkpoint.load("out/a/final.pt")["iter_num"] == 8
 
 
 def test_init_from(train):
