@@ -58,7 +58,7 @@ def check_equal(what):
     assert worst < 1e-4 and difference("out/one", "out") < 1e-4
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.stress)])
 def test_several_processes_train_as_one_does(train, processes):
     """20 steps with dropout and accumulation."""
     assert train(*ARGS[len(TINY) :], "--out_dir=out/one")[0] == 0
