@@ -43,7 +43,7 @@ class Settings:
     protocol: Literal["", "stream", "documents", "lm_eval"] = ""  # stream, documents, lm_eval; '' is all that apply
     block_size: int = 0  # tokens in a window; 0 is the model's own
     stride: int = 0  # of stream: tokens from a window to the next; 0 is block_size
-    batch_size: int = 8  # windows at once
+    batch_size: int = 0  # windows at once; 0 is 8 on a GPU, and 1 on a CPU, whose cache more do not fit
     json: str = ""  # where the figures are written; '' is eval_SPLIT.json beside the checkpoint
     # machine
     device: str = "auto"  # auto, cuda, cuda:1, mps, cpu
@@ -215,8 +215,9 @@ def write_whole(path, text):
 
 def main():
     s = config.load(Settings, command_line_only=("init_from", "block_size", "compile"))
-    config.check(s, positive="batch_size", not_negative="block_size stride")
+    config.check(s, not_negative="batch_size block_size stride")
     rt = runtime.choose(s.device, s.dtype, s.compile)
+    s.batch_size = s.batch_size or (1 if rt.device.type == "cpu" else 8)
     opened = checkpoint.open_run(s.out_dir, s.init_from)
     name, model = s.dataset or opened.dataset, opened.model.to(rt.device).eval()
     if not name:

@@ -526,7 +526,7 @@ def test_only_the_table_goes_to_standard_output(run):
         (["--block_size=17"], "block_size=17 is more than the model's 16"),
         (["--block_size=-1"], "block_size"),
         (["--stride=-1"], "stride"),
-        (["--batch_size=0"], "batch_size"),
+        (["--batch_size=-1"], "batch_size"),
         (["--split=valid"], "one of"),
         (["--split=train"], "no train split (there: val, test)"),
         (["--dataset=nothing"], "no dataset 'data/nothing' (there: letters, short, tiny)"),

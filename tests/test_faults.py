@@ -255,7 +255,7 @@ REFUSED = {
     "lying counts": (meta(lambda m: m["splits"]["train"].update(tokens=5)), ["train", *NEW], "meta.json says 45"),
     "a lying checksum": (meta(lambda m: m["splits"]["val"].update(sha256="0")), ["train", *NEW], "not the file"),
     "a lying dtype": (meta(lambda m: m.update(dtype="uint32")), ["train", *NEW], "prepare it again"),
-    "a lying vocabulary": (meta(lambda m: m.update(vocab_size=99)), ["train", *NEW], "beyond the vocabulary of 99"),
+    "a lying vocabulary": (meta(lambda m: m.update(vocab_size=99)), ["train", *NEW], "has not 99 ids"),
     "ids that the tokenizer has not": (meta(lambda m: m.update(tokenizer="gpt2")), ["train", *NEW], "has not 257 ids"),
     "infinite counts": (meta(lambda m: m["splits"]["val"].update(words=1e999)), ["train", *NEW], "not readable"),
     "no end to its brackets": (put("data/tiny/meta.json", "[" * 200_000), ["train", *NEW], "not readable"),
