@@ -60,6 +60,19 @@ def save(path, checkpoint, links=()):
     sync_folder(path.parent)
 
 
+def write_text(path, text):
+    """Replace a text file whole; what is no file, such as /dev/stdout, is written to. Raises OSError."""
+    partial = path.with_name(f"{path.name}.partial") if path.is_file() or not path.exists() else path
+    try:
+        partial.write_text(text, encoding="utf-8")
+        if partial != path:
+            os.replace(partial, path)
+    except OSError:
+        if partial != path:
+            partial.unlink(missing_ok=True)
+        raise
+
+
 def sync_folder(folder):
     """Make a rename in this folder last through a power cut, where the system can."""
     with contextlib.suppress(OSError):

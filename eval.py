@@ -15,7 +15,6 @@ Each of these tokens is scored exactly once. A figure's +- is its standard error
 
 import json
 import math
-import os
 import sys
 import tempfile
 import time
@@ -200,19 +199,6 @@ def check_writable(path):
         raise config.UserError(f"{path} can't be written ({error.strerror}); --json=PATH names another") from None
 
 
-def write_whole(path, text):
-    """Replace a file, or leave it as it was; what is no file, such as /dev/stdout, is written to."""
-    partial = path.with_name(f"{path.name}.partial") if path.is_file() or not path.exists() else path
-    try:
-        partial.write_text(text, encoding="utf-8")
-        if partial != path:
-            os.replace(partial, path)
-    except OSError:
-        if partial != path:
-            partial.unlink(missing_ok=True)
-        raise
-
-
 def main():
     s = config.load(Settings, command_line_only=("init_from", "block_size", "compile"))
     config.check(s, not_negative="batch_size block_size stride")
@@ -268,7 +254,7 @@ def main():
     print(f"{rate:,.0f} tokens/s", file=sys.stderr)
     if path:
         try:
-            write_whole(path, json.dumps(report, indent=2) + "\n")
+            checkpoint.write_text(path, json.dumps(report, indent=2) + "\n")
         except OSError as error:
             raise config.UserError(f"{path} can't be written ({error.strerror}); --json=PATH names another") from None
         print(f"{path} has the figures at full precision", file=sys.stderr)

@@ -147,8 +147,8 @@ def choose(device="auto", dtype="auto", compile="auto", training=False, determin
         compile, why = auto_compile(chosen)
         reasons.append(why)
     if training or compile:
-        try:
-            from torch import _dynamo  # noqa: F401  torch's optimizers load it too, and it makes its cache folder on loading
+        try:  # torch's optimizers load it too, and it makes its cache folder as it loads
+            from torch import _dynamo  # noqa: F401
         except OSError as error:
             if not error.filename:  # such as a missing library
                 raise

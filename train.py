@@ -245,9 +245,7 @@ def keep_rows_before(path, step):
             rows += [line] if json.loads(line)["step"] < step else []
         except (ValueError, KeyError, TypeError):
             continue
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(row + "\n" for row in rows), encoding="utf-8")
-    os.replace(partial, path)
+    checkpoint.write_text(path, "".join(row + "\n" for row in rows))
 
 
 def append_line(path, line):

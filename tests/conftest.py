@@ -1,8 +1,10 @@
 """What several test files share: the scripts run in this process, on a corpus of a few kilobytes."""
 
 import importlib
+import json
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -81,6 +83,17 @@ def script(monkeypatch, capsys):
 
     yield call
     torch.set_num_threads(threads)
+
+
+def rows(out):
+    """What a run has logged."""
+    return [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
+
+
+def same_final_weights(a, b):
+    """Whether two runs ended at the same bits."""
+    a, b = (checkpoint.load(Path(out, "final.pt"))["model"] for out in (a, b))
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 TINY = [

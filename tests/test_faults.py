@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, text
+from conftest import TINY, same_final_weights, text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -349,11 +349,6 @@ def test_a_mistake_is_one_line_and_status_2_and_nothing_is_lost(folder, name):
 # ---- what does not end a run ----
 
 
-def same_run(a, b):
-    a, b = (checkpoint.load(Path(out, "final.pt"))["model"] for out in (a, b))
-    return all(torch.equal(a[key], b[key]) for key in a)
-
-
 def unprivileged(**limits):
     """What a child does before it begins: it gives up the right to write where it may not, and takes limits."""
 
@@ -373,7 +368,7 @@ def test_a_disk_that_is_full_stops_no_run_that_has_a_checkpoint(folder):
     assert "the older one stands" in done.stdout and "step 12/12" in done.stdout
     assert Path("out/a/ckpt.pt").read_bytes() == kept and not list(Path("out/a").glob("*.partial"))
     assert run("train", *ON).returncode == 0 and run("train", *TINY, "--out_dir=out/b").returncode == 0
-    assert same_run("out/a", "out/b")
+    assert same_final_weights("out/a", "out/b")
     done = run("train", *TINY, "--out_dir=out/c", preexec_fn=unprivileged(RLIMIT_FSIZE=6000))
     assert done.returncode == 2 and "make room there" in done.stderr and "step 1/12" not in done.stdout
 
@@ -394,7 +389,7 @@ def test_an_out_dir_that_becomes_read_only_and_writable_again(folder):
         rest = process.stdout.read()
         killer.cancel()
     assert process.returncode == 0 and "finished 1,200 steps" in rest
-    assert run("train", *args, "--out_dir=out/c").returncode == 0 and same_run("out/b", "out/c")
+    assert run("train", *args, "--out_dir=out/c").returncode == 0 and same_final_weights("out/b", "out/c")
 
 
 @pytest.fixture
@@ -469,7 +464,9 @@ def test_a_save_that_fails_is_tried_again(train, monkeypatch):
     status, out, _ = train("--out_dir=out/a", "--eval_interval=4", "--max_iters=7")
     assert status == 0 and out.count("ckpt.pt could not be written (No space left on device)") == 3
     failing.clear()
-    assert train("--out_dir=out/b", "--eval_interval=4", "--max_iters=7")[0] == 0 and same_run("out/a", "out/b")
+    assert train("--out_dir=out/b", "--eval_interval=4", "--max_iters=7")[0] == 0 and same_final_weights(
+        "out/a", "out/b"
+    )
     failing.add(0)
     status, out, err = train("--out_dir=out/c")
     assert status == 2 and "make room there" in err and "step 1/12" not in out  # at once, not after a day
@@ -502,7 +499,7 @@ def test_writing_in_the_background_changes_nothing(train, monkeypatch):
     monkeypatch.setattr(checkpoint.Writer, "in_background", lambda self, state: True)
     assert train("--out_dir=out/b", "--save_interval=3", "--max_iters=7", "--lr_decay_iters=12")[0] == 0
     assert train("--out_dir=out/b", "--save_interval=3")[0] == 0
-    assert same_run("out/a", "out/b")
+    assert same_final_weights("out/a", "out/b")
     for name in ("ckpt.pt", "best.pt", "ckpt_iter_3.pt", "ckpt_iter_9.pt"):
         a, b = (checkpoint.load(f"out/{out}/{name}")["model"] for out in "ab")
         assert all(torch.equal(a[key], b[key]) for key in a)

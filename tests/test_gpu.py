@@ -1,13 +1,12 @@
 """What only a CUDA GPU can show: `python -m pytest -m gpu`."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, rows, same_final_weights
 from torch.nn import functional as F
 
 import checkpoint
@@ -36,17 +35,8 @@ def as_before():
 RUN = ["--device=cuda", "--n_embd=128", "--n_head=4", "--max_iters=60", "--learning_rate=3e-3", "--eval_interval=20"]
 
 
-def rows(out):
-    return [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
-
-
 def losses(out):
     return torch.tensor([r["loss"] for r in rows(out) if "loss" in r])
-
-
-def same(a, b):
-    a, b = (checkpoint.load(f"{out}/final.pt")["model"] for out in (a, b))
-    return all(torch.equal(a[key], b[key]) for key in a)
 
 
 @pytest.mark.parametrize("compiled", ["False", "True"])
@@ -79,10 +69,10 @@ def test_deterministic_gives_the_same_bits_and_a_resume_too(train, dtype, compil
     args = [*RUN, "--deterministic=True", f"--dtype={dtype}", f"--compile={compiled}", "--lr_decay_iters=60"]
     for out in ("out/a", "out/b"):
         assert train(*args, f"--out_dir={out}")[0] == 0
-    assert same("out/a", "out/b") and torch.equal(losses("out/a"), losses("out/b"))
+    assert same_final_weights("out/a", "out/b") and torch.equal(losses("out/a"), losses("out/b"))
     assert train(*args, "--out_dir=out/c", "--max_iters=20")[0] == 0
     assert train(*args, "--out_dir=out/c")[0] == 0
-    assert same("out/a", "out/c")
+    assert same_final_weights("out/a", "out/c")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
