@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -89,6 +90,26 @@ class Block(nn.Module):
     def forward(self, x, cache=None, past=0):
         x = x + self.attn(self.ln_1(x), cache, past)
         return x + self.mlp(self.ln_2(x))
+
+
+class PackedLinear(nn.Module):
+    """A float32 linear layer for a CPU, without gradients, its weight stored in the order in which oneDNN reads it.
+
+    That multiplies a few rows in half the time, as it reads memory at full speed. One row can have less to read: the
+    weight rounded to `dtype`.
+    """
+
+    def __init__(self, linear, rows, dtype):
+        super().__init__()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), rows)
+        self.rounded = linear.weight.detach().to(dtype) if rows == 1 and dtype != torch.float32 else None
+        self.bias = None if linear.bias is None else linear.bias.detach()
+
+    def forward(self, x):
+        if self.rounded is not None and x.numel() == x.size(-1):
+            y = F.linear(x.to(self.rounded.dtype), self.rounded).float()
+            return y if self.bias is None else y + self.bias
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -207,6 +228,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.recompute = False  # the backward pass computes a block's activations again instead of keeping them
         self.transformer = nn.ModuleDict(
             dict(
                 wte=nn.Embedding(config.vocab_size, config.n_embd),
@@ -244,6 +266,18 @@ class GPT(nn.Module):
         for block in self.transformer.h:
             block._compiled_call_impl = None
 
+    def pack(self, rows, dtype=torch.float32):
+        """Make this float32 model, on a CPU with oneDNN, fast at `rows` tokens a time, and good for nothing else.
+
+        dtype: what weights are rounded to where one token stands alone.
+        """
+        for block in self.transformer.h:
+            for part in (block.attn, block.mlp):
+                for name, linear in list(part.named_children()):
+                    if isinstance(linear, nn.Linear):
+                        setattr(part, name, PackedLinear(linear, rows, dtype))
+        self.lm_head = PackedLinear(self.lm_head, rows, dtype)
+
     def hidden(self, idx, cache=None, past=0):
         """Final hidden states (B, T, C) of ids (B, T), which stand at the positions from `past` on."""
         T, T_max = past + idx.size(1), self.config.block_size
@@ -252,7 +286,12 @@ class GPT(nn.Module):
         positions = self.transformer.wpe.weight[past:T]  # (T, C)
         x = self.transformer.drop(self.transformer.wte(idx) + positions)
         for i, block in enumerate(self.transformer.h):
-            x = block(x) if cache is None else block(x, cache[i], past)
+            if cache is not None:
+                x = block(x, cache[i], past)
+            elif self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)  # dropout is drawn again as it was
+            else:
+                x = block(x)
         return self.transformer.ln_f(x)
 
     def forward(self, idx, targets=None):
@@ -421,17 +460,17 @@ def draw(logits, temperature, top_k, top_p, generator=None):
     if temperature < 1e-6:  # below that no other id has a probability in float32
         return logits.argmax(dim=-1)
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # no temperature can overflow the largest, 0
-    if 0 < top_k < logits.size(-1):
-        least = logits.topk(top_k, dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -math.inf)
+    V, ids = logits.size(-1), None
+    if 0 < top_k < V or top_p < 1:
+        logits, ids = logits.topk(min(top_k or V, V), dim=-1)  # (B, k) both, the likeliest first
     if top_p < 1:
-        ordered, order = logits.sort(dim=-1, descending=True)
-        probs = ordered.softmax(dim=-1)
+        probs = logits.softmax(dim=-1)
         # Dropped: what comes after the ids that already have top_p together. The likeliest always stays.
         drop = probs.cumsum(dim=-1) - probs >= top_p
         drop[:, 0] = False
-        logits = logits.masked_fill(drop.scatter(1, order, drop), -math.inf)
-    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
+        logits = logits.masked_fill(drop, -math.inf)
+    drawn = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)  # (B, 1), of the k
+    return drawn[:, 0] if ids is None else ids.gather(1, drawn)[:, 0]
 
 
 def model_args(config):

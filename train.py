@@ -76,6 +76,7 @@ class Settings:
     device: str = "auto"  # auto, cuda, cuda:1, mps, cpu
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto, float32, bfloat16, float16
     compile: Literal["auto", True, False] = "auto"  # auto, True, False: torch.compile
+    recompute: bool = False  # each block again in the backward pass: slower by a quarter, in much less memory
     deterministic: bool = False  # on a CUDA GPU the same command gives the same bits, slower; a CPU does anyway
     backend: str = "nccl"  # of several processes on GPUs; on a CPU it is gloo
     # Weights & Biases; metrics.jsonl is written all the same
@@ -116,8 +117,9 @@ def check_memory(model_config, s, rt):
     """Raise UserError for what cannot fit: better at once than killed by the system after minutes of swapping."""
     parameters, tokens = model_config.num_params(), s.batch_size * s.block_size
     # Weights, gradients and two moments in float32; of a token its ids and, for the backward pass, at the very least
-    # the inputs of the two branches of each block.
-    needed = 16 * parameters + tokens * (16 + 2 * model_config.n_layer * model_config.n_embd * rt.dtype.itemsize)
+    # the inputs of the two branches of each block, or of the block alone where it is computed again.
+    kept = (1 if s.recompute else 2) * model_config.n_layer * model_config.n_embd
+    needed = 16 * parameters + tokens * (16 + kept * rt.dtype.itemsize)
     if needed > rt.memory() > 0:
         raise config.UserError(
             f"{parameters / 1e6:,.0f} M parameters and {tokens:,} tokens in a micro-batch take more than "
@@ -393,6 +395,7 @@ def train(s, writer):
     for key in SHAPE:
         setattr(s, key, getattr(model.config, key))  # what is recorded is the model's, wherever it came from
     model.set_dropout(s.dropout)
+    model.recompute = s.recompute
     model.to(rt.device).train()
     size, flops = model.num_params(), model.flops_per_token()
     say(f"{size / 1e6:.2f} M parameters without positions, {flops / 1e9:.3f} GFLOP a token")

@@ -661,3 +661,57 @@ def test_each_row_of_logits_is_drawn_from_by_itself():
     for temperature in (0, 1.0):
         for top_k, top_p in ((0, 1.0), (2, 1.0), (0, 0.5)):
             assert draw(logits, temperature, top_k, top_p).tolist() == [2, 3, 4, 0, 1]
+
+
+def saved_bytes(net, idx, targets):
+    """(gradients of a training step, bytes that the forward pass keeps for the backward pass)."""
+    kept = []
+    net.zero_grad()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
+        torch.manual_seed(5)
+        _, loss = net(idx, targets)
+    loss.backward()
+    return [p.grad.clone() for p in net.parameters()], sum(kept)
+
+
+def test_recomputed_blocks_keep_less_and_give_the_same_gradients_to_the_bit():
+    net = build(n_layer=4, dropout=0.3).train()
+    idx = ids(net, 3, 12)
+    plain, much = saved_bytes(net, idx, idx)
+    net.recompute = True
+    again, little = saved_bytes(net, idx, idx)
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+    assert little < 0.5 * much
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_packed_model_gives_the_same_logits_and_text(rows, bias):
+    net = build(bias=bias)
+    idx = ids(net, rows, 7)
+    expected, _ = net(idx)
+    text = torch.stack(list(net.generate(idx, 20, temperature=0)))
+    net.pack(rows)
+    with torch.no_grad():
+        torch.testing.assert_close(net(idx)[0], expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(net(idx[:1])[0], expected[:1], atol=1e-5, rtol=1e-5)  # other sizes work too
+    assert torch.equal(torch.stack(list(net.generate(idx, 20, temperature=0))), text)
+    assert not any(isinstance(part, nn.Linear) for part in net.modules())  # no weight is there twice
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+def test_a_model_packed_in_bfloat16_rounds_the_weights_of_single_tokens_only():
+    net = build()
+    rounded = build()
+    with torch.no_grad():
+        for name, p in rounded.named_parameters():
+            if p.dim() == 2 and "wpe" not in name:
+                p.copy_(p.bfloat16())
+    rounded.transformer.wte = nn.Embedding.from_pretrained(net.transformer.wte.weight.clone())  # that is looked up
+    idx = ids(net, 1, 7)
+    prompt, token = net(idx)[0], rounded(idx[:, :1])[0]
+    net.pack(1, torch.bfloat16)
+    with torch.no_grad():
+        torch.testing.assert_close(net(idx)[0], prompt, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(net(idx[:, :1])[0], token, atol=0.05, rtol=0.02)  # activations are rounded too

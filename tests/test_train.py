@@ -148,6 +148,13 @@ def test_compiled_blocks_compute_what_eager_ones_do(train):
     assert weights("out/True/final.pt").keys() == weights("out/False/final.pt").keys()
 
 
+def test_recompute_trains_the_same_to_the_bit(train):
+    """Dropout is drawn again as it was; one block at a time is what is computed again."""
+    train("--out_dir=out/a")
+    assert train("--out_dir=out/b", "--recompute=True")[0] == 0
+    assert same_final_weights("out/a", "out/b")
+
+
 @pytest.mark.parametrize("after", [0, 3, 4, 7])
 def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_bits(train, monkeypatch, after):
     train("--out_dir=out/a")

@@ -1,0 +1,298 @@
+"""Measure the scripts on this machine, each as a process of its own, beside what the hardware could do.
+
+    python bench.py                                                GPT-2 124 M, one sequence of 1,024
+    python bench.py --n_layer=6 --n_head=6 --n_embd=384 --block_size=256 --batch_size=16
+    python bench.py --jobs=train --trace=trace.json                and where the time goes, for ui.perfetto.dev
+    python bench.py --jobs=prepare --text='books/*.txt'
+
+The limits are measured too: training and evaluation stand beside the rate of the model's own matrix products, sampling
+beside reading the weights once for each token, preparing beside the tokenizer alone. Nothing is downloaded: the text is
+Python's standard library, the weights are as train.py draws them.
+"""
+
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+import config
+
+ROOT = Path(__file__).parent.resolve()
+JOBS = ("prepare", "train", "eval", "sample")
+WARM_UP = 2  # steps of training that do not count
+
+
+@dataclass
+class Settings:
+    jobs: tuple[str, ...] = JOBS  # which of these to measure
+    n_layer: int = 12  # blocks
+    n_head: int = 12  # attention heads
+    n_embd: int = 768  # channels
+    block_size: int = 1024  # tokens in a sequence
+    batch_size: int = 1  # sequences in a micro-batch of training
+    gradient_accumulation_steps: int = 1  # micro-batches in a step
+    recompute: bool = False  # train with activations computed again in the backward pass
+    steps: int = 5  # of training, whose median rate counts
+    eval_tokens: int = 8192  # tokens to evaluate
+    num_samples: int = 1  # samples at once
+    max_new_tokens: int = 224  # tokens of each, after a prompt of 32
+    text: str = ""  # a glob of UTF-8 files to prepare; '' is Python's standard library
+    json: str = ""  # write the figures there
+    trace: str = ""  # write a profiler's trace of three steps of training there
+    # machine
+    device: str = "auto"  # auto, cuda, cuda:1, mps, cpu
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto, float32, bfloat16, float16
+    compile: Literal["auto", True, False] = "auto"  # of training: auto, True, False
+
+
+def check(s):
+    config.check(
+        s,
+        positive="n_layer n_head n_embd block_size batch_size gradient_accumulation_steps steps eval_tokens "
+        "num_samples max_new_tokens",
+    )
+    if wrong := [job for job in s.jobs if job not in JOBS]:
+        raise config.UserError(f"jobs={wrong[0]}: the jobs are {','.join(JOBS)}")
+    if s.trace and "train" not in s.jobs:
+        raise config.UserError(f"trace={s.trace} is of training; add train to --jobs")
+    for path in (s.json, s.trace):
+        if path and not Path(path).resolve().parent.is_dir():
+            raise config.UserError(f"{path}: there is no such folder; make it, or name another")
+
+
+# ---- processes ----
+
+
+class Watch:
+    """The most of the GPUs' memory in use meanwhile, beyond what was before: .peak in bytes, 0 without a GPU."""
+
+    def __enter__(self):
+        self.peak, self.done, self.before = 0, threading.Event(), self.used()
+        self.thread = threading.Thread(target=self.follow)
+        self.thread.start()
+        return self
+
+    def used(self):
+        free_and_total = [torch.cuda.mem_get_info(i) for i in range(torch.cuda.device_count())]
+        return sum(total - free for free, total in free_and_total)
+
+    def follow(self):
+        while not self.done.wait(0.05):
+            self.peak = max(self.peak, self.used() - self.before)
+
+    def __exit__(self, *error):
+        self.done.set()
+        self.thread.join()
+
+
+# Between bench.py and a script, since the system reckons a process's peak from that of the one that started it.
+LAUNCH = """
+import resource, subprocess, sys
+status = subprocess.call([sys.executable, *sys.argv[1:]])
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, flush=True)
+sys.exit(status)
+"""
+
+
+def run(folder, *command, env=None):
+    """Run Python with these arguments: [(seconds since its start, line)] of its output, and the memory it took."""
+    began, lines = time.perf_counter(), []
+    with Watch() as watch:
+        process = subprocess.Popen(
+            [sys.executable, "-c", LAUNCH, *map(str, command)],
+            cwd=folder,
+            env=os.environ | {"PYTHONUNBUFFERED": "1"} | (env or {}),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+        for line in process.stdout:
+            lines.append((time.perf_counter() - began, line.rstrip()))
+        process.wait()
+    _, peak = lines.pop()
+    if process.returncode:
+        raise config.UserError(f"{Path(command[0]).name} failed: {lines[-1][1] if lines else 'without a word'}")
+    unit = 1 if sys.platform == "darwin" else 1024
+    return lines, {"peak_memory": int(peak) * unit, "peak_gpu_memory": watch.peak}
+
+
+def find(pattern, lines):
+    """The first group of the first line that `pattern` is found in."""
+    return next(m for _, line in lines if (m := re.search(pattern, line)))[1]
+
+
+def number(pattern, lines):
+    return float(find(pattern, lines).replace(",", ""))
+
+
+# ---- limits ----
+
+
+def best_seconds(work, device, seconds=2.0):
+    """The shortest run of work(), of those that fit into the time."""
+    best, until = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        began = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - began)
+    return best
+
+
+def matmul_rate(s, device, dtype):
+    """FLOP/s of the largest product of a block: a micro-batch's (N, C) by the MLP's (C, 4 C)."""
+    N, C = s.batch_size * s.block_size, s.n_embd
+    x, w = (torch.randn(shape, device=device, dtype=dtype) for shape in ((N, C), (C, 4 * C)))
+    return 8 * N * C * C / best_seconds(lambda: x @ w, device)
+
+
+def bandwidth(device, dtype):
+    """Bytes/s of a matrix-vector product whose matrix, of 2^27 numbers, no cache holds."""
+    w, x = torch.ones(1 << 14, 1 << 13, device=device, dtype=dtype), torch.ones(1 << 13, device=device, dtype=dtype)
+    return w.numel() * w.itemsize / best_seconds(lambda: w @ x, device)
+
+
+TOKENIZER_ALONE = """
+import glob, os, sys, time, data
+tok = data.tokenizer("gpt2").tiktoken
+texts = [open(p, encoding="utf-8").read() for p in sorted(glob.glob(sys.argv[1], recursive=True)) if os.path.isfile(p)]
+began = time.perf_counter()
+ids = tok.encode_ordinary_batch(texts, num_threads=os.cpu_count())
+print(f"alone {sum(map(len, ids)) / (time.perf_counter() - began):.0f} tokens/s")
+"""
+
+TRACED = """
+import runpy, sys
+from torch.profiler import profile
+trace, sys.argv = sys.argv[1], sys.argv[2:]
+with profile() as profiler:
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        status = end.code
+profiler.export_chrome_trace(trace)
+by = "self_device_time_total" if any(e.self_device_time_total for e in profiler.key_averages()) else "self_cpu_time_total"
+print("where the time goes:")
+print(profiler.key_averages().table(sort_by=by, row_limit=15, max_name_column_width=50))
+sys.exit(status)
+"""
+
+
+# ---- jobs: each returns its figures. limit: the tokens/s that the hardware would allow; memory in bytes ----
+
+
+def prepare(folder, text):
+    lines, memory = run(folder, ROOT / "prepare_text.py", text, "--dataset=bench", "--val_fraction=0.1")
+    alone, _ = run(folder, "-c", TOKENIZER_ALONE, text, env={"PYTHONPATH": str(ROOT)})
+    rate, limit = number(r"encoded in .* s, ([\d,]+) tokens/s", lines), number(r"alone ([\d.]+)", alone)
+    return {"tokens_per_sec": rate, "limit": limit, "limit_is": "the tokenizer alone"} | memory
+
+
+def training(s, machine):
+    """The command that trains the model."""
+    keys = "n_layer n_head n_embd block_size batch_size gradient_accumulation_steps recompute compile"
+    fixed = ("--dataset=bench", "--eval_interval=0", "--log_interval=1", "--overwrite=True")
+    return [ROOT / "train.py", *fixed, *(f"--{key}={getattr(s, key)}" for key in keys.split()), *machine]
+
+
+def evaluation(s, folder, machine):
+    part = folder / "data/part"  # token ids with no meta.json are GPT-2's
+    part.mkdir()
+    with open(folder / "data/bench/val.bin", "rb") as f:
+        (part / "val.bin").write_bytes(f.read(2 * s.eval_tokens))
+    lines, memory = run(folder, ROOT / "eval.py", "--dataset=part", "--protocol=stream", *machine)
+    return {"tokens_per_sec": number(r"^([\d,]+) tokens/s", lines)} | memory
+
+
+def sampling(s, folder, machine):
+    prompt = "--start=" + 32 * " the"  # a token each
+    lengths = [f"--num_samples={s.num_samples}", f"--max_new_tokens={s.max_new_tokens}"]
+    lines, memory = run(folder, ROOT / "sample.py", prompt, *lengths, *machine)
+    return {"tokens_per_sec": number(r"tokens, ([\d.,]+) tokens/s", lines)} | memory
+
+
+def measure(s, folder):
+    """{job: its figures}, of the jobs in s.jobs, worked through in a folder of their own."""
+    text = os.path.abspath(s.text) if s.text else str(Path(sysconfig.get_path("stdlib"), "*.py"))
+    machine, found = [f"--device={s.device}", f"--dtype={s.dtype}"], {}
+
+    def done(job, figures):
+        if job in s.jobs:
+            found[job] = figures
+            print(f"{job}: {figures['tokens_per_sec']:,.0f} tokens/s", flush=True)
+
+    done("prepare", prepare(folder, text))
+    if set(s.jobs) == {"prepare"}:
+        return found
+
+    # The first run is cold and leaves the weights; the second finds what the first has compiled, and is measured.
+    cache = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "compiled")}
+    lines, _ = run(folder, *training(s, machine), "--max_iters=1", env=cache)
+    why = find(r"^(device .*)", lines)
+    print(why, flush=True)
+    device, dtype = torch.device(find(r"device (\S+),", lines)), getattr(torch, find(r"dtype (\w+),", lines))
+    flops, parameters = number(r"([\d.]+) GFLOP a token", lines) * 1e9, number(r"([\d.]+) M parameters", lines) * 1e6
+    cold = next(seconds for seconds, line in lines if line.startswith("step 1/"))
+    matmul = matmul_rate(s, device, dtype)
+    products = f"products at {matmul / 1e12:.3g} TFLOP/s"
+    if "train" in s.jobs:
+        lines, memory = run(folder, *training(s, machine), f"--max_iters={WARM_UP + s.steps}", env=cache)
+        warm = next(seconds for seconds, line in lines if line.startswith("step 1/"))
+        rows = [json.loads(line) for line in (folder / "out/metrics.jsonl").read_text().splitlines()]
+        rate = statistics.median(row["tokens_per_sec"] for row in rows if row["step"] > WARM_UP)
+        figures = {"tokens_per_sec": rate, "limit": matmul / flops, "limit_is": products} | memory
+        done("train", figures | {"first_step_cold": cold, "first_step_warm": warm})
+    if s.trace:
+        path = os.path.abspath(s.trace)
+        lines, _ = run(
+            folder, "-c", TRACED, path, *training(s, machine), "--max_iters=3", env={"PYTHONPATH": str(ROOT)}
+        )
+        begin = next(i for i, (_, line) in enumerate(lines) if line == "where the time goes:")
+        print("\n".join(line for _, line in lines[begin:]))
+    if "eval" in s.jobs:  # the forward pass is a third of the arithmetic
+        done("eval", evaluation(s, folder, machine) | {"limit": 3 * matmul / flops, "limit_is": products})
+    if "sample" in s.jobs:
+        rate = bandwidth(device, dtype)
+        limit = {"limit": s.num_samples * rate / (parameters * dtype.itemsize), "limit_is": f"{rate / 1e9:.3g} GB/s"}
+        done("sample", sampling(s, folder, machine) | limit)
+    return found
+
+
+def table(found):
+    head = ("job", "tokens/s", "limit", "share", "of", "memory GB", "GPU GB", "first step s: cold", "warm")
+    rows = [head]
+    for job, f in found.items():
+        sizes = [f"{f[k] / 1e9:.2f}" if f[k] else "-" for k in ("peak_memory", "peak_gpu_memory")]
+        first = [f"{f[k]:.1f}" if k in f else "-" for k in ("first_step_cold", "first_step_warm")]
+        share = f"{f['tokens_per_sec'] / f['limit']:.0%}"
+        rows.append((job, f"{f['tokens_per_sec']:,.0f}", f"{f['limit']:,.0f}", share, f["limit_is"], *sizes, *first))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.rjust, row, widths)) for row in rows)
+
+
+def main():
+    s = config.load(Settings)
+    check(s)
+    with tempfile.TemporaryDirectory(prefix="bench") as folder:
+        found = measure(s, Path(folder))
+    print(f"\n{table(found)}")
+    if s.json:
+        report = {"torch": torch.__version__, "settings": asdict(s), "results": found}
+        Path(s.json).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    config.run(main)

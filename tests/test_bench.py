@@ -1,0 +1,85 @@
+"""bench.py: what it measures of processes, and a whole pass over the scripts."""
+
+import json
+import sys
+import time
+
+import pytest
+import torch
+
+import bench
+import config
+
+SMALL = ["--n_layer=1", "--n_head=1", "--n_embd=16", "--block_size=32", "--batch_size=4", "--steps=2", "--device=cpu"]
+SMALL += ["--eval_tokens=500", "--max_new_tokens=8", "--compile=False"]
+
+
+def call(monkeypatch, *args):
+    monkeypatch.setattr(sys, "argv", ["bench.py", *args])
+    bench.main()
+
+
+def test_a_process_is_timed_and_its_memory_is_its_own(tmp_path):
+    wait = "import time; print('ready'); time.sleep(0.5); x = bytearray(300_000_000); print(f'{1234.5:,} tokens/s')"
+    lines, memory = bench.run(tmp_path, "-c", wait)
+    assert [line for _, line in lines] == ["ready", "1,234.5 tokens/s"]
+    assert 0.5 <= lines[1][0] - lines[0][0] < 3
+    assert 300e6 < memory["peak_memory"] < 400e6
+    _, memory = bench.run(tmp_path, "-c", "pass")
+    assert memory["peak_memory"] < 100e6
+    assert bench.number(r"([\d,.]+) tokens/s", lines) == 1234.5
+
+
+def test_a_script_that_fails_ends_it_with_its_own_last_line(tmp_path):
+    with pytest.raises(config.UserError, match="the reason"):
+        bench.run(tmp_path, "-c", "import sys; sys.exit('the reason')")
+
+
+def test_the_shortest_of_several_runs_counts():
+    pauses = iter([0.2, 0.05] + [0.1] * 9)
+    found = bench.best_seconds(lambda: time.sleep(next(pauses)), torch.device("cpu"), seconds=0.4)
+    assert 0.05 <= found < 0.08
+
+
+def test_the_matrix_rate_is_what_a_product_takes():
+    s = bench.Settings(n_embd=256, block_size=256)
+    rate = bench.matmul_rate(s, torch.device("cpu"), torch.float32)
+    x, w = torch.randn(256, 256), torch.randn(256, 1024)
+    took = bench.best_seconds(lambda: x @ w, torch.device("cpu"))
+    assert rate == pytest.approx(2 * 256 * 256 * 1024 / took, rel=0.5)
+
+
+@pytest.mark.parametrize(
+    "args", [["--jobs=trian"], ["--steps=0"], ["--jobs=eval", "--trace=t.json"], ["--json=no/such/folder.json"]]
+)
+def test_a_mistake_is_refused_before_anything_runs(monkeypatch, args):
+    monkeypatch.setattr(bench, "run", lambda *a, **k: pytest.fail("it ran"))
+    with pytest.raises(config.UserError):
+        call(monkeypatch, *args)
+
+
+def test_sampling_and_what_it_stands_on(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bench, "matmul_rate", lambda *a: 1e12)
+    monkeypatch.setattr(bench, "bandwidth", lambda *a: 1e10)
+    (tmp_path / "text.txt").write_text("Some words, and some others.\n" * 400)
+    call(monkeypatch, *SMALL, "--jobs=sample", f"--text={tmp_path}/*.txt", f"--json={tmp_path}/found.json")
+    found = json.loads((tmp_path / "found.json").read_text())["results"]
+    assert list(found) == ["sample"] and found["sample"]["tokens_per_sec"] > 10
+    weights = 50257 * 16 + 12 * 16 * 16 + 13 * 16 + 2 * 16  # without positions
+    assert found["sample"]["limit"] == pytest.approx(1e10 / (4 * weights), rel=0.01)
+    assert f"{found['sample']['limit']:,.0f}" in capsys.readouterr().out.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_all_jobs_and_a_trace(monkeypatch, tmp_path, capsys):
+    call(monkeypatch, *SMALL, f"--json={tmp_path}/found.json", f"--trace={tmp_path}/trace.json")
+    found = json.loads((tmp_path / "found.json").read_text())["results"]
+    assert list(found) == ["prepare", "train", "eval", "sample"]
+    for figures in found.values():
+        assert 0 < figures["tokens_per_sec"] and 0 < figures["limit"]
+        assert 20e6 < figures["peak_memory"] < 5e9
+    assert found["prepare"]["tokens_per_sec"] < 2 * found["prepare"]["limit"]
+    assert 0 < found["train"]["first_step_warm"]
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert any(event.get("name") == "aten::addmm" for event in events)
+    assert len(capsys.readouterr().out.splitlines()[-5:]) == 5
