@@ -184,9 +184,10 @@ with profile() as profiler:
     except SystemExit as end:
         status = end.code
 profiler.export_chrome_trace(trace)
-by = "self_device_time_total" if any(e.self_device_time_total for e in profiler.key_averages()) else "self_cpu_time_total"
+found = profiler.key_averages()
+by = "device" if any(e.self_device_time_total for e in found) else "cpu"
 print("where the time goes:")
-print(profiler.key_averages().table(sort_by=by, row_limit=15, max_name_column_width=50))
+print(found.table(sort_by=f"self_{by}_time_total", row_limit=15, max_name_column_width=50))
 sys.exit(status)
 """
 

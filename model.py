@@ -152,15 +152,18 @@ def chunk_buffer(positions, weight):
 
 
 def softmax_nll(logits, targets):
-    """(softmax (n, V) float32, -ln p of the targets (n, 1)) of logits (n, V), which are overwritten where float32."""
+    """(e, total, nll) of logits (n, V): e / total is their softmax, nll (n, 1) -ln p of the targets (n, 1); float32.
+
+    float32 logits are overwritten by e. Whoever needs e / total scales what he makes of e, which is smaller.
+    """
     if logits.dtype != torch.float32:
         logprobs = torch.log_softmax(logits, dim=1, dtype=torch.float32)
-        return logprobs.exp(), -logprobs.gather(1, targets)
+        return logprobs.exp(), logprobs.new_ones(len(logits), 1), -logprobs.gather(1, targets)
     top = logits.amax(dim=1, keepdim=True)
     wanted = logits.gather(1, targets) - top
-    probs = logits.sub_(top).exp_()
-    total = probs.sum(dim=1, keepdim=True)
-    return probs.div_(total), total.log() - wanted
+    e = logits.sub_(top).exp_()
+    total = e.sum(dim=1, keepdim=True)
+    return e, total, total.log() - wanted
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -184,17 +187,19 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             part = slice(i, i + len(logits))
             index, counts = targets[part].clamp(min=0)[:, None], scored[part, None].float()
             products = torch.mm(h[part], w.T, out=logits[: len(index)])
-            probs, nll = softmax_nll(products[:, :V], index)
+            e, mass, nll = softmax_nll(products[:, :V], index)
             total += (nll * counts).sum()
-            # d(sum of losses)/d(logits) = softmax - one-hot, zero where the target does not count
-            delta = probs.mul_(counts).scatter_add_(1, index, -counts).to(dtype)
+            # d(sum of losses)/d(logits) = softmax - one-hot, zero where the target does not count: here times `mass`,
+            # and divided by it in what the products are much smaller in.
+            delta = e.scatter_add_(1, index, -mass).to(dtype)
             if w.size(0) > V:
                 delta = F.pad(delta, (0, w.size(0) - V))
-            torch.mm(delta, w, out=grad_x[part])
+            scale = (counts / mass).to(dtype)
+            torch.mm(delta, w, out=grad_x[part]).mul_(scale)
             if dtype == torch.float32:
-                grad_w.addmm_(delta.T, h[part])
+                grad_w.addmm_(delta.T, h[part] * scale)
             else:
-                grad_w += delta.T @ h[part]
+                grad_w += delta.T @ (h[part] * scale)
         count = scored.sum()
         ctx.save_for_backward(grad_x, grad_w[:V], count)
         ctx.dtypes = x.dtype, weight.dtype
@@ -215,7 +220,7 @@ def chunked_nll(x, weight, targets):
     for i in range(0, len(h), len(logits)):
         part = slice(i, i + len(logits))
         products = torch.mm(h[part], w.T, out=logits[: len(h[part])])
-        nll[part] = softmax_nll(products[:, :V], targets[part, None])[1][:, 0]
+        nll[part] = softmax_nll(products[:, :V], targets[part, None])[2][:, 0]
     return nll
 
 
@@ -229,16 +234,18 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.recompute = False  # the backward pass computes a block's activations again instead of keeping them
-        self.transformer = nn.ModuleDict(
-            dict(
-                wte=nn.Embedding(config.vocab_size, config.n_embd),
-                wpe=nn.Embedding(config.block_size, config.n_embd),
-                drop=nn.Dropout(config.dropout),
-                h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
-                ln_f=nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias),
+        with torch.device("meta"):  # without memory, since torch's own initial values take as long again as ours below
+            self.transformer = nn.ModuleDict(
+                dict(
+                    wte=nn.Embedding(config.vocab_size, config.n_embd),
+                    wpe=nn.Embedding(config.block_size, config.n_embd),
+                    drop=nn.Dropout(config.dropout),
+                    h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
+                    ln_f=nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias),
+                )
             )
-        )
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.to_empty(device="cpu")
         self.lm_head.weight = self.transformer.wte.weight  # tied
         # 0.02 for every matrix; the projections back into the residual stream are scaled down, since 2 n_layer of
         # them add up there (GPT-2 paper, 2.3).
@@ -246,8 +253,8 @@ class GPT(nn.Module):
             if p.dim() == 2:
                 residual = name.endswith("c_proj.weight")
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
-            elif name.endswith("bias"):
-                nn.init.zeros_(p)
+            else:
+                nn.init.constant_(p, 0.0 if name.endswith("bias") else 1.0)
 
     def num_params(self):
         return self.config.num_params()
