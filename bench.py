@@ -62,7 +62,7 @@ def check(s):
         positive="n_layer n_head n_embd block_size batch_size gradient_accumulation_steps steps eval_tokens "
         "num_samples max_new_tokens",
     )
-    if wrong := [job for job in s.jobs if job not in JOBS]:
+    if wrong := [job for job in s.jobs or [""] if job not in JOBS]:
         raise config.UserError(f"jobs={wrong[0]}: the jobs are {','.join(JOBS)}")
     if s.trace and "train" not in s.jobs:
         raise config.UserError(f"trace={s.trace} is of training; add train to --jobs")
@@ -195,8 +195,10 @@ sys.exit(status)
 # ---- jobs: each returns its figures. limit: the tokens/s that the hardware would allow; memory in bytes ----
 
 
-def prepare(folder, text):
+def prepare(folder, text, alone_too):
     lines, memory = run(folder, ROOT / "prepare_text.py", text, "--dataset=bench", "--val_fraction=0.1")
+    if not alone_too:
+        return {}
     alone, _ = run(folder, "-c", TOKENIZER_ALONE, text, env={"PYTHONPATH": str(ROOT)})
     rate, limit = number(r"encoded in .* s, ([\d,]+) tokens/s", lines), number(r"alone ([\d.]+)", alone)
     return {"tokens_per_sec": rate, "limit": limit, "limit_is": "the tokenizer alone"} | memory
@@ -235,7 +237,7 @@ def measure(s, folder):
             found[job] = figures
             print(f"{job}: {figures['tokens_per_sec']:,.0f} tokens/s", flush=True)
 
-    done("prepare", prepare(folder, text))
+    done("prepare", prepare(folder, text, "prepare" in s.jobs))
     if set(s.jobs) == {"prepare"}:
         return found
 

@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 import config
@@ -41,16 +42,24 @@ def test_the_shortest_of_several_runs_counts():
     assert 0.05 <= found < 0.08
 
 
-def test_the_matrix_rate_is_what_a_product_takes():
-    s = bench.Settings(n_embd=256, block_size=256)
-    rate = bench.matmul_rate(s, torch.device("cpu"), torch.float32)
-    x, w = torch.randn(256, 256), torch.randn(256, 1024)
-    took = bench.best_seconds(lambda: x @ w, torch.device("cpu"))
-    assert rate == pytest.approx(2 * 256 * 256 * 1024 / took, rel=0.5)
+def test_the_limits_are_operations_and_bytes_over_seconds(monkeypatch):
+    """The operations as torch counts them; the bytes of a matrix of 2^27 numbers."""
+    counted = []
+
+    def half_a_second(work, device):
+        with FlopCounterMode(display=False) as counter:
+            work()
+        counted.append(counter.get_total_flops())
+        return 0.5
+
+    monkeypatch.setattr(bench, "best_seconds", half_a_second)
+    s, cpu = bench.Settings(n_embd=24, block_size=32, batch_size=2), torch.device("cpu")
+    assert bench.matmul_rate(s, cpu, torch.float32) == 2 * counted[0] == 2 * 2 * 64 * 24 * 96
+    assert bench.bandwidth(cpu, torch.float32) == 2 * 4 * 2**27
 
 
 @pytest.mark.parametrize(
-    "args", [["--jobs=trian"], ["--steps=0"], ["--jobs=eval", "--trace=t.json"], ["--json=no/such/folder.json"]]
+    "args", [["--jobs=trian"], ["--jobs="], ["--steps=0"], ["--jobs=eval", "--trace=t.json"], ["--json=no/such/folder.json"]]
 )
 def test_a_mistake_is_refused_before_anything_runs(monkeypatch, args):
     monkeypatch.setattr(bench, "run", lambda *a, **k: pytest.fail("it ran"))

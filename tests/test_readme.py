@@ -22,6 +22,7 @@ README = Path(config.__file__).parent.parent.joinpath("README.md").read_text(enc
         ("prepare_text", "path"),
         ("prepare_wikitext103", ""),
         ("plot", "run"),
+        ("bench", ""),
     ],
 )
 def test_all_settings_stand_in_the_readme_as_help_prints_them(monkeypatch, name, positional):
