@@ -354,11 +354,21 @@ class GPT(nn.Module):
                 return
             context = torch.cat([context, drawn[:, None]], dim=1)
 
-    def optim_groups(self, weight_decay):
-        """Parameter groups in nanoGPT's order: matrices, which decay, then biases and norms, which do not."""
+    def optim_groups(self, weight_decay, muon=False):
+        """Parameter groups in nanoGPT's order: matrices, which decay, then biases and norms, which do not.
+
+        `muon`: the matrices of the blocks make a third group, marked for that optimizer; embeddings stay in the first.
+        """
         matrices = [p for p in self.parameters() if p.dim() >= 2]
         vectors = [p for p in self.parameters() if p.dim() < 2]
-        return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        inner = {p for p in self.transformer.h.parameters() if p.dim() >= 2} if muon else set()
+        groups = [
+            {"params": [p for p in matrices if p not in inner], "weight_decay": weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        if muon:
+            groups.append({"params": [p for p in matrices if p in inner], "weight_decay": weight_decay, "muon": True})
+        return groups
 
     def crop_block_size(self, block_size):
         """Keep the first `block_size` positions."""

@@ -29,6 +29,7 @@ import config
 import data
 import runtime
 from model import GPT, GPTConfig
+from muon import Muon
 
 
 @dataclass
@@ -51,22 +52,26 @@ class Settings:
     n_inner: int = 0  # width of the MLP; 0 is 4 * n_embd
     dropout: float = 0.0  # on embeddings, attention and residual branches
     bias: bool = True  # biases in linear layers and layer norms
-    # optimizer: AdamW
+    # optimizer
+    optimizer: Literal["adamw", "muon"] = "adamw"  # adamw, muon: that on the blocks' matrices, AdamW on the rest
     learning_rate: float = 6e-4  # the highest
     weight_decay: float = 0.1  # on matrices only
-    beta1: float = 0.9  # decay of the gradients' mean
-    beta2: float = 0.95  # decay of the gradients' mean square
+    beta1: float = 0.9  # AdamW's decay of the gradients' mean
+    beta2: float = 0.95  # AdamW's decay of the gradients' mean square
     grad_clip: float = 1.0  # norm to clip gradients at; 0 is off
     # learning rate and length
     max_iters: int = 600_000  # steps
     max_epochs: float = 0.0  # passes over the train split, instead of max_iters; 0 is off
-    decay_lr: bool = True  # cosine from learning_rate to min_lr; else constant after the warm-up
+    lr_schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"  # also linear, wsd: flat, then linear
+    cooldown_frac: float = 0.4  # share of the steps in which wsd goes down to min_lr, the last ones
+    decay_lr: bool = True  # False is lr_schedule=constant
     warmup_iters: int = 2000  # steps of linear warm-up
     lr_decay_iters: int = 0  # the step at which the rate reaches min_lr; 0 is the last
     min_lr: float = 6e-5  # the lowest
     # evaluation, logs, checkpoints
     eval_interval: int = 2000  # steps between evaluations, each with a checkpoint; 0 is never
     eval_iters: int = 0  # batches of the validation split in an evaluation, always the same; 0 is the whole split
+    patience: int = 0  # evaluations in a row with no better loss that end the run; 0 is off
     eval_only: bool = False  # evaluate once and write nothing
     log_interval: int = 10  # steps between lines of the log
     always_save_checkpoint: bool = True  # else an evaluation saves only what is better than before
@@ -90,7 +95,7 @@ class Settings:
 
 # Whatever else differs at a resume is printed and takes effect.
 SHAPE = ("n_layer", "n_head", "n_embd", "n_inner", "bias")
-MUST_AGREE = ("block_size", *SHAPE, "seed")
+MUST_AGREE = ("block_size", *SHAPE, "seed", "optimizer")
 MAY_DIFFER_UNSAID = ("out_dir", "init_from", "resume_from", "overwrite", "eval_only")
 # What a run writes into out_dir, and what a new one removes there.
 RUN_FILES = ("ckpt.pt", "best.pt", "final.pt", "ckpt_iter_*.pt", "ckpt_epoch_*.pt", "eval_*.json", "metrics.jsonl")
@@ -104,9 +109,11 @@ def check(s):
         s,
         positive="batch_size block_size gradient_accumulation_steps n_layer n_head n_embd max_iters log_interval",
         not_negative="n_inner learning_rate weight_decay grad_clip max_epochs warmup_iters lr_decay_iters min_lr "
-        "eval_interval eval_iters save_interval save_epochs seed",
-        fraction="dropout beta1 beta2",
+        "eval_interval eval_iters patience save_interval save_epochs seed",
+        fraction="dropout beta1 beta2 cooldown_frac",
     )
+    if s.patience and not s.eval_interval:
+        raise config.UserError(f"patience={s.patience} counts evaluations, and eval_interval=0 makes none; set one")
     if s.n_embd % s.n_head:
         raise config.UserError(f"n_embd={s.n_embd} is not divisible by n_head={s.n_head}; change one of them")
     if s.max_epochs > 1e9:
@@ -129,16 +136,21 @@ def check_memory(model_config, s, rt):
 
 
 def learning_rate_at(step, s, max_iters):
-    """The rate of a step, counted from 0: linear warm-up, then cosine from learning_rate to min_lr, then min_lr."""
+    """The rate of a step, counted from 0: linear warm-up, lr_schedule from learning_rate to min_lr, then min_lr."""
     if step < s.warmup_iters:
         return s.learning_rate * (step + 1) / (s.warmup_iters + 1)
-    if not s.decay_lr:
+    if s.lr_schedule == "constant" or not s.decay_lr:
         return s.learning_rate
     last = s.lr_decay_iters or max_iters
+    first = max(s.warmup_iters, (1 - s.cooldown_frac) * last) if s.lr_schedule == "wsd" else s.warmup_iters
+    if step < first:
+        return s.learning_rate
     if step >= last:
         return s.min_lr
-    progress = (step - s.warmup_iters) / max(1, last - s.warmup_iters)
-    return s.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (s.learning_rate - s.min_lr)
+    left = (last - step) / (last - first)  # of the way down, from 1 to 0
+    if s.lr_schedule == "cosine":
+        left = 0.5 * (1 - math.cos(math.pi * left))
+    return s.min_lr + left * (s.learning_rate - s.min_lr)
 
 
 def micro_batches(tokens, s, rt, first_sequence):
@@ -356,13 +368,13 @@ def train(s, writer):
 
     # ---- model: a run to go on with, or one to start ----
     torch.manual_seed(s.seed)
-    ckpt, step, first_sequence, best_val_loss, row, skipped = {}, 0, 0, math.inf, {}, 0
+    ckpt, step, first_sequence, best_val_loss, worse, row, skipped = {}, 0, 0, math.inf, 0, {}, 0
     if resume_path := run_to_resume(s):
         ckpt = checkpoint.load(resume_path)
         changes = check_agreement(ckpt, resume_path, s, dataset, data_sha256)
         model = checkpoint.build(ckpt, resume_path)
         step, first_sequence, best_val_loss = ckpt["iter_num"], ckpt["sequence_index"], ckpt["best_val_loss"]
-        row, skipped = ckpt["row"], ckpt["skipped_steps"]
+        row, skipped, worse = ckpt["row"], ckpt["skipped_steps"], ckpt["worse_evaluations"]
         s.init_from = ckpt["config"]["init_from"]  # where the run's weights came from, which a resume doesn't change
         say(f"resuming {resume_path} at step {step:,}" + "".join(f"; {change}" for change in changes))
     elif s.init_from == "scratch":
@@ -385,11 +397,13 @@ def train(s, writer):
             model.crop_block_size(s.block_size)
             say(f"cropped the model's {positions:,} positions to {s.block_size:,}")
         say(f"starting from {opened.name}")
-    finished = step > max_iters or step == max_iters and Path(s.out_dir, "final.pt").exists()
+    ends = step == max_iters or 0 < s.patience <= worse
+    finished = step > max_iters or ends and Path(s.out_dir, "final.pt").exists()
     if not rt.same((step, finished)):
         raise config.UserError(f"the processes find different checkpoints in {s.out_dir}; put it on a shared disk")
     if finished and not s.eval_only:
-        say(f"{s.out_dir} has finished its {max_iters:,} steps; raise max_iters, or start anew by --overwrite=True")
+        longer = "max_iters" if step >= max_iters else "patience"
+        say(f"{s.out_dir} has finished at step {step:,}; raise {longer}, or start anew by --overwrite=True")
         return 0
     for key in SHAPE:
         setattr(s, key, getattr(model.config, key))  # what is recorded is the model's, wherever it came from
@@ -398,12 +412,14 @@ def train(s, writer):
     model.to(rt.device).train()
     size, flops = model.num_params(), model.flops_per_token()
     say(f"{size / 1e6:.2f} M parameters without positions, {flops / 1e9:.3f} GFLOP a token")
-    groups, betas = model.optim_groups(s.weight_decay), (s.beta1, s.beta2)
-    optimizer = torch.optim.AdamW(groups, lr=s.learning_rate, betas=betas, fused=rt.device.type != "mps")
+    groups, betas = model.optim_groups(s.weight_decay, muon=s.optimizer == "muon"), (s.beta1, s.beta2)
+    kind = Muon if s.optimizer == "muon" else torch.optim.AdamW
+    optimizer = kind(groups, lr=s.learning_rate, betas=betas, fused=rt.device.type != "mps")
+    decays = [group["weight_decay"] for group in groups]
     scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == torch.float16)
     if ckpt:
         optimizer.load_state_dict(ckpt["optimizer"])
-        for group, decay in zip(optimizer.param_groups, (s.weight_decay, 0.0), strict=True):
+        for group, decay in zip(optimizer.param_groups, decays, strict=True):
             group["weight_decay"], group["betas"] = decay, betas
         if scaler.is_enabled() and ckpt["scaler"]:
             scaler.load_state_dict(ckpt["scaler"])
@@ -462,6 +478,7 @@ def train(s, writer):
                 "scaler": scaler.state_dict(),
                 "sequence_index": first_sequence,
                 "skipped_steps": skipped,
+                "worse_evaluations": worse,
                 "row": row,  # of this step, as far as it has come
                 "data_sha256": data_sha256,
                 "wandb_run_id": wandb.id,
@@ -507,6 +524,7 @@ def train(s, writer):
             say(f"step {step:,} | val loss {val_loss:.4f}, perplexity {math.exp(min(val_loss, 99)):.2f}")
             if not math.isfinite(val_loss):
                 raise diverged(f"the validation loss is {val_loss}")
+            worse = 0 if val_loss < best_val_loss else worse + 1
             best_val_loss = min(best_val_loss, val_loss)
         better = row.get("val_loss") == best_val_loss  # the run may have been killed before best.pt was written
         if s.save_interval and step % s.save_interval == 0 and step:
@@ -529,7 +547,8 @@ def train(s, writer):
             except OSError as error:
                 say(f"{out / 'metrics.jsonl'} could not be written ({error.strerror}); training goes on")
             wandb.log(row)
-        if step == max_iters or stopping:
+        ends = step == max_iters or 0 < s.patience <= worse
+        if ends or stopping:
             break
         just_resumed, row = False, {}
         since += time.perf_counter() - began  # none of this is training time
@@ -584,7 +603,7 @@ def train(s, writer):
             say(f"{line}{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left")
 
     # ---- the end ----
-    interrupted = stopping and step < max_iters
+    interrupted = stopping and not ends
     if master:
         writer.finished(wait=True)
         if saved_at != step:
@@ -601,7 +620,9 @@ def train(s, writer):
     if interrupted:
         say(f"stopped by a signal after step {step:,}; the same command goes on from {out / 'ckpt.pt'}")
         return 128 + (stop.number or signal.SIGTERM)
-    say(f"finished {max_iters:,} steps; python sample.py --out_dir={s.out_dir}")
+    if step < max_iters:
+        say(f"no better validation loss in {worse} evaluations; best.pt has the weights of {best_val_loss:.4f}")
+    say(f"finished {step:,} steps; python sample.py --out_dir={s.out_dir}")
     return 0
 
 

@@ -59,7 +59,8 @@ def test_the_limits_are_operations_and_bytes_over_seconds(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "args", [["--jobs=trian"], ["--jobs="], ["--steps=0"], ["--jobs=eval", "--trace=t.json"], ["--json=no/such/folder.json"]]
+    "args",
+    [["--jobs=trian"], ["--jobs="], ["--steps=0"], ["--jobs=eval", "--trace=t.json"], ["--json=no/such/folder.json"]],
 )
 def test_a_mistake_is_refused_before_anything_runs(monkeypatch, args):
     monkeypatch.setattr(bench, "run", lambda *a, **k: pytest.fail("it ran"))

@@ -92,6 +92,49 @@ def test_the_schedule():
     assert {train_py.learning_rate_at(i, s, 110) for i in range(10, 120)} == {1.0}
 
 
+def test_the_other_schedules():
+    def rates(schedule, **settings):
+        s = train_py.Settings(learning_rate=1.0, min_lr=0.1, warmup_iters=10, lr_schedule=schedule, **settings)
+        return [train_py.learning_rate_at(i, s, max_iters=110) for i in range(130)]
+
+    assert set(rates("constant")[10:]) == {1.0}
+    linear, wsd = rates("linear"), rates("wsd", cooldown_frac=0.5)
+    assert linear[:11] == wsd[:11] == rates("cosine")[:11]
+    assert linear[110:] == wsd[110:] == [0.1] * 20
+    assert [a - b for a, b in zip(linear[10:110], linear[11:111], strict=True)] == pytest.approx([0.009] * 100)
+    assert wsd[10:56] == [1.0] * 46  # flat to half of the steps
+    assert [a - b for a, b in zip(wsd[55:110], wsd[56:111], strict=True)] == pytest.approx([0.9 / 55] * 55)
+    for schedule in ("linear", "wsd"):
+        assert set(rates(schedule, decay_lr=False)[10:]) == {1.0}  # nanoGPT's way to say constant
+    assert rates("wsd", cooldown_frac=0.0)[109:] == [1.0] + [0.1] * 20
+    assert rates("wsd", cooldown_frac=0.99) == pytest.approx(linear)  # it begins within the warm-up
+
+
+def test_patience_ends_a_run_that_gets_no_better(train, monkeypatch):
+    """It ends as a run does, says so when asked again, and goes on when there is to be more patience."""
+    losses = iter([5.0, 4.0, 4.5, 4.4, 4.3, 4.2])
+    monkeypatch.setattr(train_py, "evaluate", lambda *args: next(losses))
+    args = "--out_dir=out/a", "--eval_interval=2", "--max_iters=100"
+    status, out, _ = train(*args, "--patience=2")
+    assert status == 0 and "no better validation loss in 2 evaluations" in out and "4.0000" in out
+    assert checkpoint.load("out/a/final.pt")["iter_num"] == 6 and checkpoint.load("out/a/best.pt")["iter_num"] == 2
+    status, out, _ = train(*args, "--patience=2")
+    assert status == 0 and "has finished at step 6; raise patience" in out
+    status, out, _ = train(*args, "--patience=4")
+    assert status == 0 and "no better validation loss in 4 evaluations" in out
+    assert checkpoint.load("out/a/final.pt")["iter_num"] == 10
+    assert [r["step"] for r in rows("out/a")] == list(range(11))
+
+
+def test_patience_counts_on_across_a_stop(train, monkeypatch):
+    losses = iter([4.0, 5.0, 5.0, 5.0])
+    monkeypatch.setattr(train_py, "evaluate", lambda *args: next(losses))
+    args = "--out_dir=out/a", "--eval_interval=2", "--patience=2"
+    train(*args, "--max_iters=2")
+    status, out, _ = train(*args, "--max_iters=100")
+    assert status == 0 and checkpoint.load("out/a/final.pt")["iter_num"] == 4
+
+
 def test_the_loss_falls_and_every_step_is_logged(train):
     status, out, _ = train("--out_dir=out/a", "--max_iters=40", "--eval_interval=20", "--dropout=0")
     found = rows("out/a")
@@ -119,10 +162,10 @@ def test_eval_iters_scores_so_many_batches_always_the_same(train, monkeypatch):
     assert len(seen) == 9 and seen[:3] == seen[3:6] == seen[6:] and len(set(seen)) == 3
 
 
-@pytest.mark.parametrize("compiled", ["False", "True"])
-def test_resumed_equals_unbroken_to_the_bit(train, compiled):
+@pytest.mark.parametrize(("compiled", "optimizer"), [("False", "adamw"), ("True", "adamw"), ("False", "muon")])
+def test_resumed_equals_unbroken_to_the_bit(train, compiled, optimizer):
     """12 steps, against 5 steps, a stop, and 7 more, with dropout and accumulation."""
-    args = f"--compile={compiled}", "--save_interval=5", "--eval_interval=4"
+    args = f"--compile={compiled}", f"--optimizer={optimizer}", "--save_interval=5", "--eval_interval=4"
     assert train("--out_dir=out/a", *args)[0] == 0
     status, out, _ = train("--out_dir=out/b", *args, "--resume_from=out/a/ckpt_iter_5.pt")
     assert status == 0 and "resuming out/a/ckpt_iter_5.pt at step 5" in out and "failed" not in out
@@ -182,7 +225,7 @@ def test_a_finished_run_says_so_and_a_longer_one_goes_on(train):
     train("--out_dir=out/a")
     before = Path("out/a/ckpt.pt").read_bytes()
     status, out, _ = train("--out_dir=out/a")
-    assert status == 0 and "has finished its 12 steps" in out and Path("out/a/ckpt.pt").read_bytes() == before
+    assert status == 0 and "has finished at step 12" in out and Path("out/a/ckpt.pt").read_bytes() == before
     status, out, _ = train("--out_dir=out/a", "--max_iters=14")
     assert status == 0 and "max_iters 12 -> 14" in out and [r["step"] for r in rows("out/a")] == list(range(15))
 

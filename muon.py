@@ -1,0 +1,86 @@
+"""Muon: gradient descent whose steps on a matrix are orthogonal matrices (Jordan et al. 2024, "Muon"), and AdamW.
+
+Self-contained: torch alone.
+"""
+
+from collections import defaultdict
+
+import torch
+from torch.optim.adamw import adamw
+
+# Coefficients (a, b, c) of the odd quintic a x + b x^3 + c x^5 that five Newton-Schulz steps apply to the singular
+# values: the steep one of Jordan et al., which takes all of them in [0.001, 1] to between 0.68 and 1.14.
+QUINTIC, STEPS = (3.4445, -4.7750, 2.0315), 5
+
+
+def orthogonalize(matrices):
+    """U V^T, about, of each matrix U S V^T of a batch (n, rows, columns): its singular values near 1.
+
+    In bfloat16 on a GPU, where that is enough and fast, else in the precision given.
+    """
+    x = matrices.bfloat16() if matrices.is_cuda else matrices
+    x = x.mT if (tall := x.size(1) > x.size(2)) else x  # the products below are of rows by rows
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    a, b, c = QUINTIC
+    for _ in range(STEPS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).to(matrices.dtype)
+
+
+def initial_state(p, group):
+    if group["muon"]:
+        return {"momentum_buffer": torch.zeros_like(p)}
+    step = torch.zeros((), device=p.device if group["fused"] else "cpu")
+    return {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for the parameter groups with `muon=True`, all of them matrices (rows, columns), and AdamW for the others.
+
+    A matrix goes down the orthogonalized mean of its gradients, looking ahead (Nesterov). That step has entries of root
+    mean square 1 / sqrt(longer side); scaled by 0.2 sqrt(longer side) it is as large as AdamW's usually is, so that
+    both share learning rates and decay (Liu et al. 2025, "Muon is scalable").
+    """
+
+    def __init__(self, groups, lr, betas, momentum=0.95, eps=1e-8, fused=True):
+        defaults = dict(lr=lr, betas=betas, momentum=momentum, eps=eps, weight_decay=0.0, muon=False, fused=fused)
+        super().__init__(groups, defaults)
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            for p in params:
+                if not self.state[p]:
+                    self.state[p] = initial_state(p, group)
+            (self.muon_step if group["muon"] else self.adamw_step)(group, params)
+
+    def muon_step(self, group, params):
+        alike = defaultdict(list)  # matrices of one shape go in one batch
+        for p in params:
+            alike[p.shape].append(p)
+        for (rows, columns), ps in alike.items():
+            grads, means = [p.grad for p in ps], [self.state[p]["momentum_buffer"] for p in ps]
+            torch._foreach_lerp_(means, grads, 1 - group["momentum"])
+            ahead = torch._foreach_lerp(grads, means, group["momentum"])
+            updates = orthogonalize(torch.stack(ahead)).unbind()
+            torch._foreach_mul_(ps, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(ps, updates, alpha=-0.2 * max(rows, columns) ** 0.5 * group["lr"])
+
+    def adamw_step(self, group, params):
+        state = {k: [self.state[p][k] for p in params] for k in ("exp_avg", "exp_avg_sq", "step")}
+        adamw(
+            params,
+            [p.grad for p in params],
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            [],
+            state["step"],
+            fused=group["fused"],
+            amsgrad=False,
+            maximize=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            **{k: group[k] for k in ("lr", "weight_decay", "eps")},
+        )
