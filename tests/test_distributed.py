@@ -140,6 +140,7 @@ def test_a_signal_to_torchrun_stops_all_together_with_a_checkpoint(corpus, numbe
     assert difference("out/whole", "out") == 0 and losses("out/whole") == losses("out")
 
 
+@pytest.mark.stress
 def test_two_launchers_meet_at_a_rendezvous(train):
     """The README's command for two machines, both of them this one."""
     assert train(*ARGS[len(TINY) :], "--out_dir=out/one")[0] == 0

@@ -321,22 +321,11 @@ def check_refused(name):
     assert {p: now.get(p) for p in kept} == kept and not list(Path().rglob("*.partial"))
 
 
-BY_DEFAULT = [
-    "unknown setting",
-    "a billion layers",
-    "an exception",
-    "cut short",
-    "one that carries code",
-    "another model",
-    "changed since the run began",
-    "a lying checksum",
-    "out_dir is a file",
-    "a prompt that is not UTF-8",
-]
+BY_DEFAULT = ["unknown setting", "a billion layers", "one that carries code", "a lying checksum", "out_dir is a file"]
 
 
 @pytest.mark.parametrize("name", BY_DEFAULT)
-def test_ten_mistakes(folder, name):
+def test_five_mistakes(folder, name):
     check_refused(name)
 
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 import checkpoint
 import runtime
 from model import GPT, ChunkedCrossEntropy, GPTConfig
+from muon import orthogonalize
 
 ROOT = Path(runtime.__file__).parent
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
@@ -143,3 +144,33 @@ def test_two_gpus_train_as_one_does(train):
     done = subprocess.run([*command, ROOT / "train.py", *args, "--out_dir=out/b"], capture_output=True, text=True)
     assert done.returncode == 0 and "2 processes" in done.stdout, done.stderr
     assert (losses("out/a") - losses("out/b")).abs().max() < 1e-2
+
+
+@pytest.mark.parametrize("shape", [(4, 256, 256), (3, 128, 512), (3, 512, 128)])
+def test_orthogonalizing_in_bfloat16_is_near_what_float32_gives(shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    found, exact = orthogonalize(x.cuda()).cpu(), orthogonalize(x)
+    assert found.dtype == torch.float32
+    assert F.cosine_similarity(found.flatten(1), exact.flatten(1)).min() > 0.99
+    values = torch.linalg.svdvals(found)
+    assert values.max() < 1.3 and values.median() > 0.6
+
+
+def test_muon_goes_on_where_it_stopped(train):
+    args = *RUN, "--dtype=float32", "--optimizer=muon", "--deterministic=True", "--compile=False"
+    assert train(*args, "--out_dir=out/a", "--save_interval=25")[0] == 0
+    status, _, err = train(*args, "--out_dir=out/b", "--resume_from=out/a/ckpt_iter_25.pt", "--save_interval=25")
+    assert status == 0, err
+    assert same_final_weights("out/a", "out/b")
+
+
+@pytest.mark.parametrize("compiled", ["False", "True"])
+def test_recomputed_blocks_take_less_memory_and_train_the_same(train, compiled):
+    peaks = []
+    for recompute in (False, True):
+        torch.cuda.reset_peak_memory_stats()
+        args = *RUN, f"--recompute={recompute}", f"--compile={compiled}", "--n_layer=8", "--batch_size=64"
+        assert train(*args, f"--out_dir=out/{recompute}")[0] == 0
+        peaks.append(torch.cuda.max_memory_allocated())
+    assert peaks[1] < 0.9 * peaks[0]
+    torch.testing.assert_close(losses("out/True"), losses("out/False"), atol=0.02, rtol=0)
