@@ -31,6 +31,7 @@ import config
 ROOT = Path(__file__).parent.resolve()
 JOBS = ("prepare", "train", "eval", "sample")
 WARM_UP = 2  # steps of training that do not count
+WEIGHTS = "--init_from=out/final.pt"  # alone, as in best.pt
 
 
 @dataclass
@@ -216,14 +217,14 @@ def evaluation(s, folder, machine):
     part.mkdir()
     with open(folder / "data/bench/val.bin", "rb") as f:
         (part / "val.bin").write_bytes(f.read(2 * s.eval_tokens))
-    lines, memory = run(folder, ROOT / "eval.py", "--dataset=part", "--protocol=stream", *machine)
+    lines, memory = run(folder, ROOT / "eval.py", WEIGHTS, "--dataset=part", "--protocol=stream", *machine)
     return {"tokens_per_sec": number(r"^([\d,]+) tokens/s", lines)} | memory
 
 
 def sampling(s, folder, machine):
     prompt = "--start=" + 32 * " the"  # a token each
     lengths = [f"--num_samples={s.num_samples}", f"--max_new_tokens={s.max_new_tokens}"]
-    lines, memory = run(folder, ROOT / "sample.py", prompt, *lengths, *machine)
+    lines, memory = run(folder, ROOT / "sample.py", WEIGHTS, prompt, *lengths, *machine)
     return {"tokens_per_sec": number(r"tokens, ([\d.,]+) tokens/s", lines)} | memory
 
 
