@@ -138,6 +138,11 @@ def number(pattern, lines):
     return float(find(pattern, lines).replace(",", ""))
 
 
+def first_step(lines):
+    """Seconds from the start of a training to the end of its first step."""
+    return next(seconds for seconds, line in lines if line.startswith("step 1/"))
+
+
 # ---- limits ----
 
 
@@ -193,16 +198,7 @@ sys.exit(status)
 """
 
 
-# ---- jobs: each returns its figures. limit: the tokens/s that the hardware would allow; memory in bytes ----
-
-
-def prepare(folder, text, alone_too):
-    lines, memory = run(folder, ROOT / "prepare_text.py", text, "--dataset=bench", "--val_fraction=0.1")
-    if not alone_too:
-        return {}
-    alone, _ = run(folder, "-c", TOKENIZER_ALONE, text, env={"PYTHONPATH": str(ROOT)})
-    rate, limit = number(r"encoded in .* s, ([\d,]+) tokens/s", lines), number(r"alone ([\d.]+)", alone)
-    return {"tokens_per_sec": rate, "limit": limit, "limit_is": "the tokenizer alone"} | memory
+# ---- jobs. tokens_per_sec is what a script said, limit what the hardware would allow; memory in bytes ----
 
 
 def training(s, machine):
@@ -234,11 +230,14 @@ def measure(s, folder):
     machine, found = [f"--device={s.device}", f"--dtype={s.dtype}"], {}
 
     def done(job, figures):
-        if job in s.jobs:
-            found[job] = figures
-            print(f"{job}: {figures['tokens_per_sec']:,.0f} tokens/s", flush=True)
+        found[job] = figures
+        print(f"{job}: {figures['tokens_per_sec']:,.0f} tokens/s", flush=True)
 
-    done("prepare", prepare(folder, text, "prepare" in s.jobs))
+    lines, memory = run(folder, ROOT / "prepare_text.py", text, "--dataset=bench", "--val_fraction=0.1")
+    if "prepare" in s.jobs:
+        alone, _ = run(folder, "-c", TOKENIZER_ALONE, text, env={"PYTHONPATH": str(ROOT)})
+        limit = {"limit": number(r"alone ([\d.]+)", alone), "limit_is": "the tokenizer alone"}
+        done("prepare", {"tokens_per_sec": number(r"encoded in .* s, ([\d,]+) tokens/s", lines)} | limit | memory)
     if set(s.jobs) == {"prepare"}:
         return found
 
@@ -249,16 +248,15 @@ def measure(s, folder):
     print(why, flush=True)
     device, dtype = torch.device(find(r"device (\S+),", lines)), getattr(torch, find(r"dtype (\w+),", lines))
     flops, parameters = number(r"([\d.]+) GFLOP a token", lines) * 1e9, number(r"([\d.]+) M parameters", lines) * 1e6
-    cold = next(seconds for seconds, line in lines if line.startswith("step 1/"))
+    cold = first_step(lines)
     matmul = matmul_rate(s, device, dtype)
     products = f"products at {matmul / 1e12:.3g} TFLOP/s"
     if "train" in s.jobs:
         lines, memory = run(folder, *training(s, machine), f"--max_iters={WARM_UP + s.steps}", env=cache)
-        warm = next(seconds for seconds, line in lines if line.startswith("step 1/"))
         rows = [json.loads(line) for line in (folder / "out/metrics.jsonl").read_text().splitlines()]
         rate = statistics.median(row["tokens_per_sec"] for row in rows if row["step"] > WARM_UP)
         figures = {"tokens_per_sec": rate, "limit": matmul / flops, "limit_is": products} | memory
-        done("train", figures | {"first_step_cold": cold, "first_step_warm": warm})
+        done("train", figures | {"first_step_cold": cold, "first_step_warm": first_step(lines)})
     if s.trace:
         path = os.path.abspath(s.trace)
         lines, _ = run(

@@ -102,7 +102,7 @@ class PackedLinear(nn.Module):
     def __init__(self, linear, rows, dtype):
         super().__init__()
         self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), rows)
-        self.rounded = linear.weight.detach().to(dtype) if rows == 1 and dtype != torch.float32 else None
+        self.rounded = linear.weight.detach().to(dtype) if dtype != torch.float32 else None
         self.bias = None if linear.bias is None else linear.bias.detach()
 
     def forward(self, x):

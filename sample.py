@@ -4,6 +4,7 @@
     python sample.py --init_from=gpt2 --start="Once upon a time" --num_samples=4
     python sample.py --start=FILE:prompt.txt --temperature=0      greedy
     echo "def main" | python sample.py --start=-
+    python sample.py --dtype=bfloat16                             on a CPU faster for one sample, by rounded weights
 
 The text goes to standard output, what the program says of itself to standard error.
 """
@@ -37,9 +38,7 @@ class Settings:
     seed: int = 1337  # the same seed draws the same text
     # machine
     device: str = "auto"  # auto, cuda, cuda:1, mps, cpu
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = (
-        "auto"  # auto, float32, bfloat16 (faster for one sample on a CPU), float16
-    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto, float32, bfloat16, float16
 
 
 def read_prompt(start):

@@ -397,8 +397,11 @@ def train(s, writer):
             model.crop_block_size(s.block_size)
             say(f"cropped the model's {positions:,} positions to {s.block_size:,}")
         say(f"starting from {opened.name}")
-    ends = step == max_iters or 0 < s.patience <= worse
-    finished = step > max_iters or ends and Path(s.out_dir, "final.pt").exists()
+
+    def ended():
+        return step == max_iters or 0 < s.patience <= worse
+
+    finished = step > max_iters or ended() and Path(s.out_dir, "final.pt").exists()
     if not rt.same((step, finished)):
         raise config.UserError(f"the processes find different checkpoints in {s.out_dir}; put it on a shared disk")
     if finished and not s.eval_only:
@@ -547,8 +550,7 @@ def train(s, writer):
             except OSError as error:
                 say(f"{out / 'metrics.jsonl'} could not be written ({error.strerror}); training goes on")
             wandb.log(row)
-        ends = step == max_iters or 0 < s.patience <= worse
-        if ends or stopping:
+        if ended() or stopping:
             break
         just_resumed, row = False, {}
         since += time.perf_counter() - began  # none of this is training time
@@ -603,7 +605,7 @@ def train(s, writer):
             say(f"{line}{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left")
 
     # ---- the end ----
-    interrupted = stopping and not ends
+    interrupted = stopping and not ended()
     if master:
         writer.finished(wait=True)
         if saved_at != step:

@@ -92,4 +92,6 @@ def test_all_jobs_and_a_trace(monkeypatch, tmp_path, capsys):
     assert 0 < found["train"]["first_step_warm"]
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     assert any(event.get("name") == "aten::addmm" for event in events)
-    assert len(capsys.readouterr().out.splitlines()[-5:]) == 5
+    shown = capsys.readouterr().out.splitlines()
+    assert "where the time goes:" in shown
+    assert [line.split()[0] for line in shown[-5:]] == ["job", *found]

@@ -29,6 +29,8 @@ def test_all_settings_stand_in_the_readme_as_help_prints_them(monkeypatch, name,
     monkeypatch.setattr(sys, "argv", [f"{name}.py"])
     shown = config.help_text(importlib.import_module(name).Settings, positional)
     assert shown[shown.index("usage:") :] in README
+    settings = [line for line in shown.splitlines() if line.startswith("  --")]
+    assert [line for line in settings if len(line.split(maxsplit=1)) < 2] == []  # each says what it is
 
 
 def test_every_file_that_the_readme_names_is_there():
