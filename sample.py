@@ -93,11 +93,12 @@ def main():
 
     generator = torch.Generator(rt.device).manual_seed(s.seed)
     streams = s.num_samples == 1
+    advice = runtime.memory_advice("; take a smaller --num_samples")
     decoder, samples, drawn_in_all, began = codecs.getincrementaldecoder("utf-8")("replace"), [], 0, time.perf_counter()
     sys.stdout.reconfigure(encoding="utf-8")
     if streams:
         print(text, end="", flush=True)
-    with nullcontext() if packs else rt.autocast(), runtime.memory_advice("; take a smaller --num_samples"):
+    with torch.inference_mode(), nullcontext() if packs else rt.autocast(), advice:
         idx = torch.tensor([prompt] * s.num_samples, device=rt.device)  # (B, T)
         options = dict(temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, eot=tok.eot, vocab_size=tok.vocab_size)
         for drawn in model.generate(idx, s.max_new_tokens, **options, generator=generator):

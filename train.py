@@ -540,7 +540,7 @@ def train(s, writer):
         if not just_resumed and (saves or step == 0):  # the first one shows at once whether the disk takes it
             failed_at = 0.0
             save("ckpt.pt", *links)
-        if better:
+        if better and (step or s.init_from != "scratch"):  # what has learned nothing is no best
             save("best.pt")
         if master and row and not (stopping and step < max_iters and saved_at != step):  # else the resume writes it
             # JSON has no NaN and no infinity: null says that a figure was not finite.
@@ -623,7 +623,7 @@ def train(s, writer):
         say(f"stopped by a signal after step {step:,}; the same command goes on from {out / 'ckpt.pt'}")
         return 128 + (stop.number or signal.SIGTERM)
     if step < max_iters:
-        say(f"no better validation loss in {worse} evaluations; best.pt has the weights of {best_val_loss:.4f}")
+        say(f"no better validation loss than {best_val_loss:.4f} in {worse} evaluations")
     say(f"finished {step:,} steps; python sample.py --out_dir={s.out_dir}")
     return 0
 

@@ -462,7 +462,7 @@ def test_a_save_that_fails_is_tried_again(train, monkeypatch):
 
 
 @pytest.mark.parametrize("background", [False, True])
-@pytest.mark.parametrize(("losses", "best"), [([5, 3, 4, 4.5], 8), ([5, 3, 2.5, 4], 8), ([5, 3, 6, 5.5], 0)])
+@pytest.mark.parametrize(("losses", "best"), [([5, 3, 4, 4.5], 8), ([5, 3, 2.5, 4], 8), ([5, 3, 6, 5.5], 12)])
 def test_best_weights_that_could_not_be_written_leave_their_place_to_the_next(
     train, monkeypatch, background, losses, best
 ):

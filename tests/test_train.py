@@ -116,12 +116,12 @@ def test_patience_ends_a_run_that_gets_no_better(train, monkeypatch):
     monkeypatch.setattr(train_py, "evaluate", lambda *args: next(losses))
     args = "--out_dir=out/a", "--eval_interval=2", "--max_iters=100"
     status, out, _ = train(*args, "--patience=2")
-    assert status == 0 and "no better validation loss in 2 evaluations" in out and "4.0000" in out
+    assert status == 0 and "no better validation loss than 4.0000 in 2 evaluations" in out
     assert checkpoint.load("out/a/final.pt")["iter_num"] == 6 and checkpoint.load("out/a/best.pt")["iter_num"] == 2
     status, out, _ = train(*args, "--patience=2")
     assert status == 0 and "has finished at step 6; raise patience" in out
     status, out, _ = train(*args, "--patience=4")
-    assert status == 0 and "no better validation loss in 4 evaluations" in out
+    assert status == 0 and "no better validation loss than 4.0000 in 4 evaluations" in out
     assert checkpoint.load("out/a/final.pt")["iter_num"] == 10
     assert [r["step"] for r in rows("out/a")] == list(range(11))
 
@@ -339,12 +339,17 @@ def test_eval_only_writes_nothing(train):
 
 
 def test_always_save_checkpoint_false_saves_only_what_is_better(train, monkeypatch):
+    train("--out_dir=out/w", "--max_iters=1")
     losses = iter([5.0, 4.0, 4.5, 3.0])
     saved = []
     monkeypatch.setattr(train_py, "evaluate", lambda *a: next(losses))
     monkeypatch.setattr(checkpoint, "save", lambda p, c, links=(): saved.append((p.name, c["iter_num"])))
     train("--out_dir=out/a", "--always_save_checkpoint=False")
-    assert saved == [(name, step) for step in (0, 4, 12) for name in ("ckpt.pt", "best.pt")] + [("final.pt", 12)]
+    trained = [(name, step) for step in (4, 12) for name in ("ckpt.pt", "best.pt")]
+    assert saved == [("ckpt.pt", 0), *trained, ("final.pt", 12)]  # random weights are nobody's best
+    losses, saved[:] = iter([5.0, 6.0, 6.0, 6.0]), []
+    train("--out_dir=out/b", "--init_from=out/w/final.pt", "--always_save_checkpoint=False")  # others may be
+    assert [name for name, _ in saved] == ["ckpt.pt", "best.pt", "ckpt.pt", "final.pt"]
 
 
 def test_epochs(train):
