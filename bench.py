@@ -10,9 +10,11 @@ beside reading the weights once for each token, preparing beside the tokenizer a
 Python's standard library, the weights are as train.py draws them.
 """
 
+import glob
 import json
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -67,9 +69,14 @@ def check(s):
         raise config.UserError(f"jobs={wrong[0]}: the jobs are {','.join(JOBS)}")
     if s.trace and "train" not in s.jobs:
         raise config.UserError(f"trace={s.trace} is of training; add train to --jobs")
-    for path in (s.json, s.trace):
-        if path and not Path(path).resolve().parent.is_dir():
-            raise config.UserError(f"{path}: there is no such folder; make it, or name another")
+    if s.n_embd % s.n_head:
+        raise config.UserError(f"n_embd={s.n_embd} is not divisible by n_head={s.n_head}; change one of them")
+    if s.eval_tokens < 2:
+        raise config.UserError(f"eval_tokens={s.eval_tokens}: the first is only read, so take 2 or more")
+    if s.text and not any(map(os.path.isfile, glob.glob(s.text, recursive=True))):
+        raise config.UserError(f"text={s.text} names no files; write a glob, such as 'books/*.txt'")
+    for path in filter(None, (s.json, s.trace)):
+        open(path, "a").close()  # better now than after all the measuring
 
 
 # ---- processes ----
@@ -118,13 +125,19 @@ def run(folder, *command, env=None):
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
+            start_new_session=True,
         )
-        for line in process.stdout:
-            lines.append((time.perf_counter() - began, line.rstrip()))
-        process.wait()
+        try:
+            for line in process.stdout:
+                lines.append((time.perf_counter() - began, line.rstrip()))
+            process.wait()
+        except BaseException:  # an interrupt, which ends the script too
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
     _, peak = lines.pop()
     if process.returncode:
-        raise config.UserError(f"{Path(command[0]).name} failed: {lines[-1][1] if lines else 'without a word'}")
+        script = next((Path(word).name for word in map(str, command) if word.endswith(".py")), "python")
+        raise config.UserError(f"{script} failed: {lines[-1][1] if lines else 'without a word'}")
     unit = 1 if sys.platform == "darwin" else 1024
     return lines, {"peak_memory": int(peak) * unit, "peak_gpu_memory": watch.peak}
 
@@ -152,22 +165,22 @@ def best_seconds(work, device, seconds=2.0):
     while time.perf_counter() < until:
         began = time.perf_counter()
         work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        getattr(torch, device.type).synchronize()
         best = min(best, time.perf_counter() - began)
     return best
 
 
-def matmul_rate(s, device, dtype):
+def matmul_rate(s, device, dtype, training):
     """FLOP/s of the largest product of a block: a micro-batch's (N, C) by the MLP's (C, 4 C)."""
+    torch.backends.cuda.matmul.allow_tf32 = training  # as the scripts have it
     N, C = s.batch_size * s.block_size, s.n_embd
     x, w = (torch.randn(shape, device=device, dtype=dtype) for shape in ((N, C), (C, 4 * C)))
     return 8 * N * C * C / best_seconds(lambda: x @ w, device)
 
 
-def bandwidth(device, dtype):
-    """Bytes/s of a matrix-vector product whose matrix, of 2^27 numbers, no cache holds."""
-    w, x = torch.ones(1 << 14, 1 << 13, device=device, dtype=dtype), torch.ones(1 << 13, device=device, dtype=dtype)
+def bandwidth(device):
+    """Bytes/s of a matrix-vector product in float32 whose matrix, of 2^27 numbers, no cache holds."""
+    w, x = torch.ones(1 << 14, 1 << 13, device=device), torch.ones(1 << 13, device=device)
     return w.numel() * w.itemsize / best_seconds(lambda: w @ x, device)
 
 
@@ -182,19 +195,28 @@ print(f"alone {sum(map(len, ids)) / (time.perf_counter() - began):.0f} tokens/s"
 
 TRACED = """
 import runpy, sys
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.profiler import profile
-trace, sys.argv = sys.argv[1], sys.argv[2:]
-with profile() as profiler:
-    try:
-        runpy.run_path(sys.argv[0], run_name="__main__")
-    except SystemExit as end:
-        status = end.code
+trace, first, last, sys.argv = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:]
+profiler, steps = profile(), 0
+def count(*_):
+    global steps
+    steps += 1
+    if steps == first:
+        profiler.start()
+    if steps == last:
+        profiler.stop()
+register_optimizer_step_post_hook(count)
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as end:
+    if end.code:
+        raise
 profiler.export_chrome_trace(trace)
 found = profiler.key_averages()
 by = "device" if any(e.self_device_time_total for e in found) else "cpu"
 print("where the time goes:")
 print(found.table(sort_by=f"self_{by}_time_total", row_limit=15, max_name_column_width=50))
-sys.exit(status)
 """
 
 
@@ -212,7 +234,10 @@ def evaluation(s, folder, machine):
     part = folder / "data/part"  # token ids with no meta.json are GPT-2's
     part.mkdir()
     with open(folder / "data/bench/val.bin", "rb") as f:
-        (part / "val.bin").write_bytes(f.read(2 * s.eval_tokens))
+        ids = f.read(2 * s.eval_tokens)
+    if len(ids) < 2 * s.eval_tokens:
+        raise config.UserError(f"eval_tokens={s.eval_tokens}: the text has {len(ids) // 2:,} for it; take fewer")
+    (part / "val.bin").write_bytes(ids)
     lines, memory = run(folder, ROOT / "eval.py", WEIGHTS, "--dataset=part", "--protocol=stream", *machine)
     return {"tokens_per_sec": number(r"^([\d,]+) tokens/s", lines)} | memory
 
@@ -222,6 +247,11 @@ def sampling(s, folder, machine):
     lengths = [f"--num_samples={s.num_samples}", f"--max_new_tokens={s.max_new_tokens}"]
     lines, memory = run(folder, ROOT / "sample.py", WEIGHTS, prompt, *lengths, *machine)
     return {"tokens_per_sec": number(r"tokens, ([\d.,]+) tokens/s", lines)} | memory
+
+
+def training_rate(rows):
+    """Tokens/s of the median step, the first ones left out, from the rows of metrics.jsonl."""
+    return statistics.median(row["tokens_per_sec"] for row in rows if row["step"] > WARM_UP)
 
 
 def measure(s, folder):
@@ -247,27 +277,29 @@ def measure(s, folder):
     why = find(r"^(device .*)", lines)
     print(why, flush=True)
     device, dtype = torch.device(find(r"device (\S+),", lines)), getattr(torch, find(r"dtype (\w+),", lines))
-    flops, parameters = number(r"([\d.]+) GFLOP a token", lines) * 1e9, number(r"([\d.]+) M parameters", lines) * 1e6
+    flops = number(r"([\d.e-]+) GFLOP a token", lines) * 1e9
+    parameters = number(r"([\d.e-]+) M parameters", lines) * 1e6
     cold = first_step(lines)
-    matmul = matmul_rate(s, device, dtype)
-    products = f"products at {matmul / 1e12:.3g} TFLOP/s"
+
+    def products(operations, training):  # so many to a token
+        rate = matmul_rate(s, device, dtype, training)
+        return {"limit": rate / operations, "limit_is": f"products at {rate / 1e12:.3g} TFLOP/s"}
+
     if "train" in s.jobs:
         lines, memory = run(folder, *training(s, machine), f"--max_iters={WARM_UP + s.steps}", env=cache)
         rows = [json.loads(line) for line in (folder / "out/metrics.jsonl").read_text().splitlines()]
-        rate = statistics.median(row["tokens_per_sec"] for row in rows if row["step"] > WARM_UP)
-        figures = {"tokens_per_sec": rate, "limit": matmul / flops, "limit_is": products} | memory
+        figures = {"tokens_per_sec": training_rate(rows)} | products(flops, training=True) | memory
         done("train", figures | {"first_step_cold": cold, "first_step_warm": first_step(lines)})
     if s.trace:
-        path = os.path.abspath(s.trace)
-        lines, _ = run(
-            folder, "-c", TRACED, path, *training(s, machine), "--max_iters=3", env={"PYTHONPATH": str(ROOT)}
-        )
+        traced = ["-c", TRACED, os.path.abspath(s.trace), WARM_UP, WARM_UP + 3]
+        command = [*traced, *training(s, machine), f"--max_iters={WARM_UP + 3}"]
+        lines, _ = run(folder, *command, env=cache | {"PYTHONPATH": str(ROOT)})
         begin = next(i for i, (_, line) in enumerate(lines) if line == "where the time goes:")
         print("\n".join(line for _, line in lines[begin:]))
     if "eval" in s.jobs:  # the forward pass is a third of the arithmetic
-        done("eval", evaluation(s, folder, machine) | {"limit": 3 * matmul / flops, "limit_is": products})
+        done("eval", evaluation(s, folder, machine) | products(flops / 3, training=False))
     if "sample" in s.jobs:
-        rate = bandwidth(device, dtype)
+        rate = bandwidth(device)
         limit = {"limit": s.num_samples * rate / (parameters * dtype.itemsize), "limit_is": f"{rate / 1e9:.3g} GB/s"}
         done("sample", sampling(s, folder, machine) | limit)
     return found
@@ -288,6 +320,7 @@ def table(found):
 def main():
     s = config.load(Settings)
     check(s)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and leave nothing behind
     with tempfile.TemporaryDirectory(prefix="bench") as folder:
         found = measure(s, Path(folder))
     print(f"\n{table(found)}")

@@ -113,7 +113,7 @@ class PackedLinear(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The loss, in chunks of positions: the (N, V) logits of a batch are never in memory at once
+# The loss, in chunks of positions: the (N, V) logits of a large batch are never in memory at once
 
 
 def compute_dtype(x):

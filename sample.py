@@ -83,6 +83,9 @@ def main():
         raise checkpoint.CheckpointError(f"{opened.name} has weights that are not finite: its training has diverged")
     packs = rt.device.type == "cpu" and torch.backends.mkldnn.is_available()
     packs = packs and (rt.dtype == torch.float32 or s.num_samples == 1)
+    c = model.config
+    if 2 * c.n_layer * c.n_embd * c.block_size * rt.dtype.itemsize * s.num_samples > rt.memory() > 0:  # keys and values
+        raise config.UserError(f"num_samples={s.num_samples:,} at once do not fit in memory; take a smaller one")
     if packs:
         model.pack(s.num_samples, rt.dtype)
     text = read_prompt(s.start)

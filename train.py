@@ -414,7 +414,7 @@ def train(s, writer):
     model.recompute = s.recompute
     model.to(rt.device).train()
     size, flops = model.num_params(), model.flops_per_token()
-    say(f"{size / 1e6:.2f} M parameters without positions, {flops / 1e9:.3f} GFLOP a token")
+    say(f"{size / 1e6:.5g} M parameters without positions, {flops / 1e9:.4g} GFLOP a token")
     groups, betas = model.optim_groups(s.weight_decay, muon=s.optimizer == "muon"), (s.beta1, s.beta2)
     kind = Muon if s.optimizer == "muon" else torch.optim.AdamW
     optimizer = kind(groups, lr=s.learning_rate, betas=betas, fused=rt.device.type != "mps")

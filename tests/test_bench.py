@@ -1,8 +1,12 @@
 """bench.py: what it measures of processes, and a whole pass over the scripts."""
 
 import json
+import os
+import signal
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -54,17 +58,34 @@ def test_the_limits_are_operations_and_bytes_over_seconds(monkeypatch):
 
     monkeypatch.setattr(bench, "best_seconds", half_a_second)
     s, cpu = bench.Settings(n_embd=24, block_size=32, batch_size=2), torch.device("cpu")
-    assert bench.matmul_rate(s, cpu, torch.float32) == 2 * counted[0] == 2 * 2 * 64 * 24 * 96
-    assert bench.bandwidth(cpu, torch.float32) == 2 * 4 * 2**27
+    assert bench.matmul_rate(s, cpu, torch.float32, training=True) == 2 * counted[0] == 2 * 2 * 64 * 24 * 96
+    assert bench.bandwidth(cpu) == 2 * 4 * 2**27
+
+
+def test_the_median_step_counts_without_the_first_ones():
+    rows = [{"step": i + 1, "tokens_per_sec": rate} for i, rate in enumerate([999, 1, 20, 90, 10])]
+    assert bench.training_rate(rows) == 20
 
 
 @pytest.mark.parametrize(
     "args",
-    [["--jobs=trian"], ["--jobs="], ["--steps=0"], ["--jobs=eval", "--trace=t.json"], ["--json=no/such/folder.json"]],
+    [
+        ["--jobs=trian"],
+        ["--jobs="],
+        ["--steps=0"],
+        ["--eval_tokens=1"],
+        ["--n_embd=33", "--n_head=2"],
+        ["--jobs=eval", "--trace=t.json"],
+        ["--json=no/such/folder.json"],
+        ["--json=."],
+        ["--trace=/"],
+        ["--text=."],
+        ["--text=no/*.txt"],
+    ],
 )
 def test_a_mistake_is_refused_before_anything_runs(monkeypatch, args):
     monkeypatch.setattr(bench, "run", lambda *a, **k: pytest.fail("it ran"))
-    with pytest.raises(config.UserError):
+    with pytest.raises((config.UserError, OSError)):
         call(monkeypatch, *args)
 
 
@@ -80,8 +101,23 @@ def test_sampling_and_what_it_stands_on(monkeypatch, tmp_path, capsys):
     assert f"{found['sample']['limit']:,.0f}" in capsys.readouterr().out.splitlines()[-1]
 
 
+def test_an_interrupt_ends_the_script_and_leaves_nothing(tmp_path):
+    """SIGTERM to bench.py alone, in the middle of a script: that ends, and the folder is gone."""
+    (tmp_path / "text.txt").write_text("Some words, and some others.\n" * 400)
+    command = [sys.executable, bench.__file__, *SMALL, "--steps=100000", "--jobs=train", f"--text={tmp_path}/*.txt"]
+    process = subprocess.Popen(command, env=os.environ | {"TMPDIR": str(tmp_path)}, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline().startswith("device cpu")  # of the first training; the next is endless
+    [folder] = tmp_path.glob("bench*")
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 143
+    assert not folder.exists()
+    assert not [p for p in Path("/proc").glob("[0-9]*/cwd") if os.path.realpath(p).startswith(str(folder))]
+
+
 @pytest.mark.slow
 def test_all_jobs_and_a_trace(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bench, "matmul_rate", lambda *a: 1e12)
     call(monkeypatch, *SMALL, f"--json={tmp_path}/found.json", f"--trace={tmp_path}/trace.json")
     found = json.loads((tmp_path / "found.json").read_text())["results"]
     assert list(found) == ["prepare", "train", "eval", "sample"]
@@ -89,9 +125,15 @@ def test_all_jobs_and_a_trace(monkeypatch, tmp_path, capsys):
         assert 0 < figures["tokens_per_sec"] and 0 < figures["limit"]
         assert 20e6 < figures["peak_memory"] < 5e9
     assert found["prepare"]["tokens_per_sec"] < 2 * found["prepare"]["limit"]
+    weights = 50257 * 16 + 12 * 16 * 16 + 13 * 16 + 2 * 16  # without positions
+    operations = 6 * weights + 12 * 1 * 16 * 32  # to a token: forward and backward
+    assert found["train"]["limit"] == pytest.approx(1e12 / operations, rel=0.001)
+    assert found["eval"]["limit"] == pytest.approx(3e12 / operations, rel=0.001)  # forward alone
     assert 0 < found["train"]["first_step_warm"]
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
-    assert any(event.get("name") == "aten::addmm" for event in events)
+    names = [event.get("name", "") for event in events]
+    assert "aten::addmm" in names and "aten::normal_" not in names  # steps alone, not the drawing of the weights
+    assert sum(name.startswith("Optimizer.step#") for name in names) == 3
     shown = capsys.readouterr().out.splitlines()
     assert "where the time goes:" in shown
     assert [line.split()[0] for line in shown[-5:]] == ["job", *found]
