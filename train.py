@@ -81,7 +81,7 @@ class Settings:
     device: str = "auto"  # auto, cuda, cuda:1, mps, cpu
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto, float32, bfloat16, float16
     compile: Literal["auto", True, False] = "auto"  # auto, True, False: torch.compile
-    recompute: bool = False  # each block again in the backward pass: slower by a quarter, in much less memory
+    recompute: bool = False  # each block again in the backward pass: slower by a quarter, in less memory
     deterministic: bool = False  # on a CUDA GPU the same command gives the same bits, slower; a CPU does anyway
     backend: str = "nccl"  # of several processes on GPUs; on a CPU it is gloo
     # Weights & Biases; metrics.jsonl is written all the same

@@ -1,0 +1,35 @@
+"""The table of a record: mean and standard deviation over the seeds of each of its settings.
+
+    python records/summary.py records/FOLDER
+
+FOLDER/NAME-sSEED.jsonl are the metrics.jsonl of its runs; those that differ in the seed alone share a NAME.
+"""
+
+import json
+import statistics
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+
+def table(folder):
+    """Markdown: a row a NAME, the lowest mean of the best validation losses first."""
+    runs = defaultdict(list)
+    for path in sorted(Path(folder).glob("*-s*.jsonl")):
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        losses = [row["val_loss"] for row in rows if "val_loss" in row]
+        runs[path.stem.rpartition("-s")[0]].append((rows[-1]["step"], losses[-1], min(losses)))
+    lines = ["| run | seeds | steps | final validation loss | best |", "|---|---|---|---|---|"]
+    for name, results in sorted(runs.items(), key=lambda item: statistics.mean(r[2] for r in item[1])):
+        steps, last, best = zip(*results, strict=True)
+        lines.append(f"| {name} | {len(results)} | {max(steps):,} | {spread(last)} | {spread(best)} |")
+    return "\n".join(lines)
+
+
+def spread(values):
+    deviation = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.4f}{deviation}"
+
+
+if __name__ == "__main__":
+    print(table(sys.argv[1]))
