@@ -64,13 +64,12 @@ def check(s):
         s,
         positive="n_layer n_head n_embd block_size batch_size gradient_accumulation_steps steps eval_tokens "
         "num_samples max_new_tokens",
+        divisible="n_embd n_head",
     )
     if wrong := [job for job in s.jobs or [""] if job not in JOBS]:
         raise config.UserError(f"jobs={wrong[0]}: the jobs are {','.join(JOBS)}")
     if s.trace and "train" not in s.jobs:
         raise config.UserError(f"trace={s.trace} is of training; add train to --jobs")
-    if s.n_embd % s.n_head:
-        raise config.UserError(f"n_embd={s.n_embd} is not divisible by n_head={s.n_head}; change one of them")
     if s.eval_tokens < 2:
         raise config.UserError(f"eval_tokens={s.eval_tokens}: the first is only read, so take 2 or more")
     if s.text and not any(map(os.path.isfile, glob.glob(s.text, recursive=True))):

@@ -85,7 +85,9 @@ def main():
     packs = packs and (rt.dtype == torch.float32 or s.num_samples == 1)
     c = model.config
     if 2 * c.n_layer * c.n_embd * c.block_size * rt.dtype.itemsize * s.num_samples > rt.memory() > 0:  # keys and values
-        raise config.UserError(f"num_samples={s.num_samples:,} at once do not fit in memory; take a smaller one")
+        raise config.UserError(
+            f"num_samples={s.num_samples:,} at once do not fit in memory; take a smaller --num_samples"
+        )
     if packs:
         model.pack(s.num_samples, rt.dtype)
     text = read_prompt(s.start)

@@ -111,11 +111,10 @@ def check(s):
         not_negative="n_inner learning_rate weight_decay grad_clip max_epochs warmup_iters lr_decay_iters min_lr "
         "eval_interval eval_iters patience save_interval save_epochs seed",
         fraction="dropout beta1 beta2 cooldown_frac",
+        divisible="n_embd n_head",
     )
     if s.patience and not s.eval_interval:
         raise config.UserError(f"patience={s.patience} counts evaluations, and eval_interval=0 makes none; set one")
-    if s.n_embd % s.n_head:
-        raise config.UserError(f"n_embd={s.n_embd} is not divisible by n_head={s.n_head}; change one of them")
     if s.max_epochs > 1e9:
         raise config.UserError(f"max_epochs={s.max_epochs}: nobody has the time; take less")
 

@@ -181,16 +181,22 @@ def number(value, kind):
     return result
 
 
-def check(s, positive="", not_negative="", fraction=""):
+def check(s, positive="", not_negative="", fraction="", divisible=""):
     """Raise UserError for a setting out of its range. Each argument names settings, separated by spaces.
 
-    positive: > 0.  not_negative: >= 0.  fraction: >= 0 and < 1.
+    positive: > 0.  not_negative: >= 0.  fraction: >= 0 and < 1.  divisible: two settings, the first by the second.
     """
     ranges = [(positive, lambda v: v > 0, "must be more than 0"), (not_negative, lambda v: v >= 0, "can't be negative")]
     for names, fits, says in [*ranges, (fraction, lambda v: 0 <= v < 1, "must be at least 0 and less than 1")]:
         for name in names.split():
             if not fits(value := getattr(s, name)):
                 raise UserError(f"{name}={value}: {name} {says}")
+    if divisible:
+        whole, part = divisible.split()
+        if getattr(s, whole) % getattr(s, part):
+            raise UserError(
+                f"{whole}={getattr(s, whole)} is not divisible by {part}={getattr(s, part)}; change one of them"
+            )
 
 
 def help_text(cls, positional=""):

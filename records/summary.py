@@ -32,4 +32,7 @@ def spread(values):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2 or not any(Path(sys.argv[1]).glob("*-s*.jsonl")):
+        print("summary.py: name one folder with metrics as NAME-sSEED.jsonl", file=sys.stderr)
+        sys.exit(2)
     print(table(sys.argv[1]))

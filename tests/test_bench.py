@@ -83,10 +83,11 @@ def test_the_median_step_counts_without_the_first_ones():
         ["--text=no/*.txt"],
     ],
 )
-def test_a_mistake_is_refused_before_anything_runs(monkeypatch, args):
+def test_a_mistake_is_refused_before_anything_runs(monkeypatch, capsys, args):
     monkeypatch.setattr(bench, "run", lambda *a, **k: pytest.fail("it ran"))
-    with pytest.raises((config.UserError, OSError)):
-        call(monkeypatch, *args)
+    with pytest.raises(SystemExit) as end:
+        config.run(lambda: call(monkeypatch, *args))
+    assert end.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_sampling_and_what_it_stands_on(monkeypatch, tmp_path, capsys):

@@ -285,6 +285,7 @@ REFUSED = {
     "a prompt file that is not UTF-8": (put("p", b"ab\xff"), ["sample", "--start=FILE:p"], "not UTF-8 at byte 2"),
     "no samples": (None, ["sample", "--num_samples=0"], "must be more than 0"),
     "too many samples": (None, ["sample", "--num_samples=1e12"], "take a smaller --num_samples"),
+    "more samples than oneDNN counts": (None, ["sample", "--num_samples=3e9"], "take a smaller --num_samples"),
     "a probability of two": (None, ["sample", "--top_p=2"], "at most 1"),
     "a negative temperature": (None, ["sample", "--temperature=-1"], "can't be negative"),
     # evaluation
