@@ -58,6 +58,7 @@ class Settings:
     weight_decay: float = 0.1  # on matrices only
     beta1: float = 0.9  # AdamW's decay of the gradients' mean
     beta2: float = 0.95  # AdamW's decay of the gradients' mean square
+    momentum: float = 0.95  # Muon's decay of the gradients' mean; 0.9 for runs of some hundred steps
     grad_clip: float = 1.0  # norm to clip gradients at; 0 is off
     # learning rate and length
     max_iters: int = 600_000  # steps
@@ -110,7 +111,7 @@ def check(s):
         positive="batch_size block_size gradient_accumulation_steps n_layer n_head n_embd max_iters log_interval",
         not_negative="n_inner learning_rate weight_decay grad_clip max_epochs warmup_iters lr_decay_iters min_lr "
         "eval_interval eval_iters patience save_interval save_epochs seed",
-        fraction="dropout beta1 beta2 cooldown_frac",
+        fraction="dropout beta1 beta2 momentum cooldown_frac",
         divisible="n_embd n_head",
     )
     if s.patience and not s.eval_interval:
@@ -414,15 +415,17 @@ def train(s, writer):
     model.to(rt.device).train()
     size, flops = model.num_params(), model.flops_per_token()
     say(f"{size / 1e6:.5g} M parameters without positions, {flops / 1e9:.4g} GFLOP a token")
-    groups, betas = model.optim_groups(s.weight_decay, muon=s.optimizer == "muon"), (s.beta1, s.beta2)
-    kind = Muon if s.optimizer == "muon" else torch.optim.AdamW
-    optimizer = kind(groups, lr=s.learning_rate, betas=betas, fused=rt.device.type != "mps")
-    decays = [group["weight_decay"] for group in groups]
+    shared = {"lr": s.learning_rate, "betas": (s.beta1, s.beta2), "fused": rt.device.type != "mps"}
+    if s.optimizer == "muon":
+        optimizer = Muon(model.optim_groups(s.weight_decay, muon=True), momentum=s.momentum, **shared)
+    else:
+        optimizer = torch.optim.AdamW(model.optim_groups(s.weight_decay), **shared)
+    may_change = [{k: g[k] for k in ("weight_decay", "betas", "momentum") if k in g} for g in optimizer.param_groups]
     scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == torch.float16)
     if ckpt:
         optimizer.load_state_dict(ckpt["optimizer"])
-        for group, decay in zip(optimizer.param_groups, decays, strict=True):
-            group["weight_decay"], group["betas"] = decay, betas
+        for group, own in zip(optimizer.param_groups, may_change, strict=True):
+            group.update(own)
         if scaler.is_enabled() and ckpt["scaler"]:
             scaler.load_state_dict(ckpt["scaler"])
     if rt.compile:

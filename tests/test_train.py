@@ -242,6 +242,17 @@ def test_what_alters_training_is_printed_and_takes_effect(train):
     assert rows("out/a")[-1]["lr"] == 0.1 and ckpt["model_args"]["dropout"] == 0.0
 
 
+def test_muon_s_momentum_reaches_it_and_may_change(train):
+    for out_dir, *args in (("out/a",), ("out/b", "--momentum=0.8"), ("out/c",)):
+        train(f"--out_dir={out_dir}", "--optimizer=muon", "--max_iters=4", *args)
+    assert same_bits(weights("out/a/final.pt"), weights("out/c/final.pt"))
+    assert not same_bits(weights("out/a/final.pt"), weights("out/b/final.pt"))
+    _, out, _ = train("--out_dir=out/a", "--optimizer=muon", "--max_iters=5", "--momentum=0.7", "--weight_decay=0.2")
+    assert "momentum 0.95 -> 0.7" in out and "weight_decay 0.1 -> 0.2" in out
+    groups = checkpoint.load("out/a/ckpt.pt")["optimizer"]["param_groups"]
+    assert {g["momentum"] for g in groups} == {0.7} and [g["weight_decay"] for g in groups] == [0.2, 0.0, 0.2]
+
+
 @pytest.mark.parametrize(
     "change",
     ["--n_layer=1", "--n_embd=32", "--seed=1", "--block_size=8", "--batch_size=2", "--bias=False", "--n_inner=8"],
