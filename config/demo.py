@@ -1,6 +1,6 @@
 # The demo: a model of 0.8 M parameters learns to write Python from the standard library's own source, byte by byte.
 #     python train.py config/demo.py
-# A step is 16 x 128 = 2,048 bytes. 1,500 steps are 3.1 M of the 11.6 M bytes that there are: minutes on two CPU cores.
+# A step is 16 x 128 = 2,048 bytes. 1,000 steps are 2.0 M of the 11.6 M bytes that there are: minutes on two CPU cores.
 out_dir = "out/demo"
 dataset = "stdlib"
 
@@ -11,11 +11,14 @@ block_size = 128
 batch_size = 16
 gradient_accumulation_steps = 1
 
-# Small models take high rates, few tokens a quick cool-down to almost nothing.
-learning_rate = 5e-3
-min_lr = 1e-4
-warmup_iters = 100
-max_iters = 1500
+# records/: what AdamW needs 1,000 steps for, Muon does in 400, at a higher rate; so few steps want a short momentum.
+optimizer = "muon"
+momentum = 0.9
+learning_rate = 8e-3
+lr_schedule = "linear"
+min_lr = 0.0
+warmup_iters = 50
+max_iters = 1000
 
 eval_interval = 250
 eval_iters = 20  # 41 k bytes of the validation split

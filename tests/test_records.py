@@ -24,6 +24,11 @@ def test_summary_takes_the_seeds_of_a_name_together(tmp_path):
     final, best = [2.0, 1.5, 3.0], [2.0, 1.0, 2.0]
     means = [f"{statistics.mean(v):.4f} ± {statistics.stdev(v):.4f}" for v in (final, best)]
     assert a == f"| a-b | 3 | 3 | {means[0]} | {means[1]} |"
+    for seed in range(2):  # of the third seed it is not known
+        (tmp_path / f"a-b-s{seed}.json").write_text('{"results": [{"bits_per_byte": 2.5}, {"bits_per_byte": 9.0}]}')
+    (tmp_path / "c-s1.json").write_text('{"results": [{"bits_per_byte": 2.25}]}')
+    c, a = summary.table(tmp_path).splitlines()[2:]
+    assert c.endswith("| 0.5000 | 2.2500 |") and a.endswith(f"| {means[1]} | - |")
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda p: p.name)
