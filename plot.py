@@ -1,7 +1,7 @@
 """Draw the train and validation loss of one or more runs over the tokens they have seen.
 
     python plot.py out/demo
-    python plot.py out/small out/large --out=compare.png
+    python plot.py out/small out/large --max_loss=5 --out=compare.png
 
 The rows come from metrics.jsonl in the folder of each run.
 """
@@ -16,6 +16,7 @@ import config
 @dataclass
 class Settings:
     run: tuple[str, ...] = ()
+    max_loss: float = 0.0  # cut off what is above; 0 shows all
     out: str = ""  # the picture, .png, .svg or .pdf; '' is loss.png in the first run's folder
 
 
@@ -37,9 +38,13 @@ def read_metrics(run):
 
 def main():
     s = config.load(Settings, positional="run")
+    config.check(s, not_negative="max_loss")
     if not s.run:
         raise config.UserError("name the folder of a run, such as out/demo")
     runs = {run: read_metrics(run) for run in s.run}
+    lowest = min(loss for curves in runs.values() for curve in curves.values() for _, loss in curve)
+    if 0 < s.max_loss <= lowest:
+        raise config.UserError(f"max_loss={s.max_loss} cuts off everything; take more than {lowest:.4g}")
     import matplotlib
 
     matplotlib.use("Agg")
@@ -56,6 +61,8 @@ def main():
                 axes.plot(*zip(*curves[key], strict=True), color=f"C{i}", label=f"{name}, {label}", **style)
     axes.set(xlabel="tokens", ylabel="loss (nats per token)")
     axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter())
+    if s.max_loss:
+        axes.set_ylim(top=s.max_loss)
     axes.grid(alpha=0.3)
     axes.legend()
     first = Path(s.run[0])

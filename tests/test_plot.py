@@ -5,6 +5,7 @@ import runpy
 import sys
 from pathlib import Path
 
+import matplotlib.figure
 import matplotlib.image
 import pytest
 from matplotlib.colors import to_rgb
@@ -83,6 +84,20 @@ def test_each_run_has_its_colour(run):
     assert run("out/a", "out/b", "out/c", "--out=all.png")[:2] == (0, "all.png\n")
     assert colours("out/a/loss.png") == {"C0"}
     assert colours("all.png") == {"C0", "C1", "C2"}
+
+
+def test_max_loss_is_where_the_picture_ends(run, monkeypatch):
+    write_run("out/a")
+    tops = []
+    save = matplotlib.figure.Figure.savefig
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.savefig",
+        lambda figure, *args, **kw: (tops.append(figure.axes[0].get_ylim()[1]), save(figure, *args, **kw)),
+    )
+    assert run("out/a", "--max_loss=4")[0] == run("out/a")[0] == 0
+    assert tops[0] == 4 and tops[1] > 5.5
+    status, _, err = run("out/a", "--max_loss=3")
+    assert status == 2 and "take more than 3" in err and len(err.splitlines()) == 1
 
 
 def test_the_picture_of_a_metrics_file_goes_beside_it(run):
