@@ -58,7 +58,7 @@ class Settings:
     weight_decay: float = 0.1  # on matrices only
     beta1: float = 0.9  # AdamW's decay of the gradients' mean
     beta2: float = 0.95  # AdamW's decay of the gradients' mean square
-    momentum: float = 0.95  # Muon's decay of the gradients' mean; 0.9 for runs of some hundred steps
+    momentum: float = 0.95  # Muon's alone, decay of the gradients' mean; 0.9 for runs of some hundred steps
     grad_clip: float = 1.0  # norm to clip gradients at; 0 is off
     # learning rate and length
     max_iters: int = 600_000  # steps
@@ -202,7 +202,7 @@ def run_to_resume(s):
         with contextlib.suppress(checkpoint.CheckpointError):  # a damaged one is what people go back from
             then = checkpoint.load(last)["config"] if last.exists() else {}
             length = ("max_iters", "max_epochs")
-            same = all(then.get(k) == v for k, v in asdict(s).items() if k not in (*MAY_DIFFER_UNSAID, *length))
+            same = all(then.get(k, v) == v for k, v in asdict(s).items() if k not in (*MAY_DIFFER_UNSAID, *length))
             if then.get("resume_from") == s.resume_from and (same or not Path(s.out_dir, "final.pt").exists()):
                 return last
         if last.exists() and Path(s.resume_from).resolve().parent != last.resolve().parent:

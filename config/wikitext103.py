@@ -5,7 +5,7 @@
 # A step: 16 micro-batches x 8 sequences x 1,024 tokens = 131,072 tokens, on any number of processes that divides 16.
 # An epoch: 117.9 M tokens and an end-of-text a page are about 115,200 blocks of 1,024, which is 900 steps.
 # 10 epochs: 9,000 steps, 1.18 billion tokens, half of what config/wikitext103_adamw.py takes. At 0.855 GFLOP a token
-# that is 1.0e18 FLOP: by arithmetic 2.3 hours at 40 % of an A100's dense bfloat16 peak of 312 TFLOP/s, 0.7 hours at
+# that is 1.0e18 FLOP: by arithmetic 2.2 hours at 40 % of an A100's dense bfloat16 peak of 312 TFLOP/s, 0.7 hours at
 # 40 % of an H100's 989.
 # The text is small for the model: dropout, and best.pt is the checkpoint to report.
 out_dir = "out/wikitext103"
@@ -21,8 +21,8 @@ batch_size = 8  # by arithmetic about 10 GB; --batch_size=32 --gradient_accumula
 gradient_accumulation_steps = 16
 
 # records/ has the measurements, of 1.8 M and 3.2 M parameters; at this size they are yet to be made.
-optimizer = "muon"  # there 0.4 of the steps did what AdamW's did
-learning_rate = 1.8e-3  # there the best rate was about three times AdamW's, which is 6e-4 here
+optimizer = "muon"  # there it took 0.45 of AdamW's steps
+learning_rate = 1.8e-3  # there the best rate was three to four times AdamW's, which is 6e-4 here
 lr_schedule = "linear"  # to 0, as there
 min_lr = 0.0
 warmup_iters = 180  # 2 %
