@@ -1,6 +1,6 @@
 # The demo: a model of 0.8 M parameters learns to write Python from the standard library's own source, byte by byte.
 #     python train.py config/demo.py
-# A step is 16 x 128 = 2,048 bytes. 1,000 steps are 2.0 M of the 11.6 M bytes that there are: minutes on two CPU cores.
+# A step is 16 x 128 = 2,048 bytes. 1,000 steps are 2.0 M of about 10 M bytes that there are: minutes on two CPU cores.
 out_dir = "out/demo"
 dataset = "stdlib"
 
