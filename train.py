@@ -179,6 +179,11 @@ def evaluate(model, ids, s, rt):
     return nll / scored
 
 
+def changed(then, now):
+    """The settings in which a command differs from a checkpoint; what the checkpoint does not know is none."""
+    return [k for k, v in now.items() if k not in MAY_DIFFER_UNSAID and then.get(k, v) != v]
+
+
 def run_to_resume(s):
     """The checkpoint that this command goes on from, or None where it starts a run."""
     last = Path(s.out_dir, "ckpt.pt")
@@ -201,8 +206,7 @@ def run_to_resume(s):
         # greater length; once it has finished, other settings are another attempt.
         with contextlib.suppress(checkpoint.CheckpointError):  # a damaged one is what people go back from
             then = checkpoint.load(last)["config"] if last.exists() else {}
-            length = ("max_iters", "max_epochs")
-            same = all(then.get(k, v) == v for k, v in asdict(s).items() if k not in (*MAY_DIFFER_UNSAID, *length))
+            same = set(changed(then, asdict(s))) <= {"max_iters", "max_epochs"}
             if then.get("resume_from") == s.resume_from and (same or not Path(s.out_dir, "final.pt").exists()):
                 return last
         if last.exists() and Path(s.resume_from).resolve().parent != last.resolve().parent:
@@ -245,7 +249,7 @@ def check_agreement(ckpt, path, s, dataset, data_sha256):
             f"{path} can't be resumed: {'; '.join(wrong)}; take it back, or start a run by another --out_dir or "
             "--overwrite=True"
         )
-    return [f"{k} {then[k]} -> {v}" for k, v in now.items() if k not in MAY_DIFFER_UNSAID and then.get(k, v) != v]
+    return [f"{key} {then[key]} -> {now[key]}" for key in changed(then, now)]
 
 
 def keep_rows_before(path, step):
