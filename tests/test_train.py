@@ -299,6 +299,11 @@ def test_resume_from_goes_back_once(train):
     other = "--resume_from=out/a/ckpt_iter_4.pt", "--max_iters=12", "--learning_rate=3e-3"
     assert "ckpt_iter_4.pt at step 4" in train(*args, *other)[1]
     assert "has finished" in train(*args, *other)[1]
+    # A setting that is newer than the checkpoint does not make it another attempt.
+    ckpt = checkpoint.load("out/a/ckpt.pt")
+    del ckpt["config"]["momentum"]
+    torch.save(ckpt, "out/a/ckpt.pt")
+    assert "has finished" in train(*args, *other)[1]
 
 
 def test_what_init_from_names_is_not_overwritten(train):
