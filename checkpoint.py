@@ -2,7 +2,7 @@
 
 A checkpoint is a dict of plain containers, numbers, strings and tensors, so that loading one runs no code. nanoGPT's
 keys hold what they hold there: model, optimizer, model_args, iter_num, best_val_loss, config. Ours stand beside them:
-format, n_inner, scaler, sequence_index, skipped_steps, row, tokenizer, data_sha256, wandb_run_id.
+format, n_inner, scaler, sequence_index, skipped_steps, worse_evaluations, row, tokenizer, data_sha256, wandb_run_id.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import zipfile
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -192,18 +193,18 @@ def build(checkpoint, path):
     return model
 
 
-def find(out_dir):
-    """The checkpoint of a run to sample from or to evaluate: the best, else the last. None where there is none."""
+def of_run(out_dir):
+    """The checkpoints of a run to sample from or to evaluate, the preferred one first: the best, else the last."""
     files = [Path(out_dir, name) for name in ("best.pt", "ckpt.pt", "final.pt")]
-    return next((p for p in files if p.is_file()), None)
+    return [p for p in files if p.is_file()]
 
 
 def newest_run(root="out"):
-    """The folder under `root`, or `root` itself, whose checkpoint is the newest. Raises CheckpointError for none."""
-    found = [p for folder in (Path(root), *Path(root).glob("*/")) if (p := find(folder))]
-    if not found:
+    """The folder under `root`, or `root` itself, that was saved to last. Raises CheckpointError for none."""
+    saved = [p for folder in (Path(root), *Path(root).glob("*/")) for p in of_run(folder)]
+    if not saved:
         raise CheckpointError(f"there is no run under {root}/; train one, or name a model by --init_from=")
-    return max(found, key=lambda p: p.stat().st_mtime).parent
+    return max(saved, key=lambda p: p.stat().st_mtime).parent
 
 
 @dataclass
@@ -216,7 +217,6 @@ class Opened:
     tokenizer: str  # its tokenizer's spec; "" in nanoGPT's, whose dataset tells
     dataset: str  # the dataset it was trained on; "" where it is not known
     iter_num: int
-    val_loss: float
 
 
 def open_run(out_dir="", init_from=""):
@@ -224,9 +224,9 @@ def open_run(out_dir="", init_from=""):
     if init_from and init_from != "resume":
         return open_model(init_from)
     folder = Path(out_dir) if out_dir else newest_run()
-    if (path := find(folder)) is None:
+    if not (files := of_run(folder)):
         raise CheckpointError(f"there is no checkpoint in {folder}; train first, or name a model by --init_from=")
-    return open_model(path)
+    return open_model(files[0])
 
 
 def open_model(source):
@@ -236,14 +236,14 @@ def open_model(source):
     """
     path = Path(source)
     if path.is_dir() and not (path / "config.json").exists():
-        if (found := find(path)) is None:
+        if not (files := of_run(path)):
             raise CheckpointError(f"{path} holds neither a checkpoint nor a Hugging Face config.json")
-        path = found
+        path = files[0]
     if path.is_file():
         checkpoint = load(path)
         model, run = build(checkpoint, path), checkpoint.get("config", {})
-        numbers = checkpoint.get("iter_num", 0), float(checkpoint.get("best_val_loss", "nan"))
-        return Opened(model, str(path), path, checkpoint.get("tokenizer", ""), run.get("dataset", ""), *numbers)
+        spec, dataset = checkpoint.get("tokenizer", ""), run.get("dataset", "")
+        return Opened(model, str(path), path, spec, dataset, checkpoint.get("iter_num", 0))
     if (
         not path.is_dir()
         and str(source) not in GPT2_NAMES
@@ -262,6 +262,9 @@ def open_model(source):
         ) from None
     V = model.config.vocab_size
     spec = {50257: "gpt2", 257: "bytes"}.get(V, f"of {source}, which has {V:,} ids,")
+    named = None
     if path.is_dir():  # export.py says which
-        spec = str(json.loads((path / "config.json").read_text(encoding="utf-8")).get("tokenizer_spec", spec))
-    return Opened(model, str(source), None, spec, "", 0, float("nan"))
+        named = json.loads((path / "config.json").read_text(encoding="utf-8")).get("tokenizer_spec")
+    if named is None and V in (50257, 257) and source not in GPT2_NAMES:
+        print(f"{source}: by its {V:,} ids it is taken to have the tokenizer {spec!r}", file=sys.stderr)
+    return Opened(model, str(source), None, str(named or spec), "", 0)

@@ -146,7 +146,13 @@ def nanogpt_tokenizer(dataset, vocab_size=Gpt2Tokenizer.vocab_size, root="data")
     """The tokenizer's spec of nanoGPT's data or checkpoint, which do not say: the dataset's meta.pkl, else GPT-2's."""
     pickled = Path(root, dataset, "meta.pkl")
     if dataset and pickled.is_file():
-        return read_meta_pkl(pickled).spec
+        tok = read_meta_pkl(pickled)
+        if tok.vocab_size > vocab_size:
+            raise DataError(
+                f"{pickled} has {tok.vocab_size:,} characters, the model {vocab_size:,} ids: it has been made anew "
+                "since; put back the one of the model's training"
+            )
+        return tok.spec
     if vocab_size < Gpt2Tokenizer.vocab_size:
         raise DataError(f"{pickled} is missing, which says what the model's {vocab_size:,} ids mean; put it there")
     return "gpt2"

@@ -77,18 +77,17 @@ def token_file(split, protocol):
     return f"{split}_lm_eval" if protocol == "lm_eval" else split
 
 
-def score(model, ids, windows, starts, block_size, batch_size, rt, ragged=False, name=""):
+def score(model, ids, windows, starts, block_size, batch_size, rt, name=""):
     """(sum of -ln p in nats, the same of each document (D,), tokens scored of each (D,)) over windows of ids (n,).
 
-    The sums are taken in float64. `starts` (D,) says where documents begin. `ragged`: windows differ in length, and a
-    batch is cut to its longest.
+    The sums are taken in float64. `starts` (D,) says where documents begin.
     """
     total, nlls, scored = 0.0, np.zeros(len(starts)), np.zeros(len(starts), np.int64)
     silent = not sys.stderr.isatty()
     for i in tqdm(range(0, len(windows), batch_size), desc=name, unit="batch", leave=False, disable=silent):
         part = windows[i : i + batch_size]
         part += [(0, 1, 1)] * (batch_size - len(part) if rt.compile else 0)  # one shape, compiled once
-        width = max(end - 1 - begin for begin, end, _ in part) if ragged and not rt.compile else block_size
+        width = block_size if rt.compile else max(end - 1 - begin for begin, end, _ in part)
         with rt.autocast():
             nll = model.nll(*rt.to_device(*data.window_batch(ids, part, width))).cpu().double()
         targets = np.concatenate([np.arange(first, end) for _, end, first in part])
@@ -128,17 +127,18 @@ def standard_errors(found, nlls, per):
 
     A figure is a function of the ratio R = sum(nll) / sum(units). Documents being drawn independently, the error of R
     is sqrt(D / (D - 1) * sum((nll_d - R units_d)^2)) / sum(units) (Cochran 1977, 6.4), that of exp(R) by the delta
-    method exp(R) times that. None where there are not two documents, or not their counts.
+    method exp(R) times that. None where there are not two documents, or not their counts, or it is beyond a float64.
     """
     errors, D = {}, len(nlls)
     for figure, value in found.items():
         if value is None or per[figure] is None or D < 2:
             errors[figure] = None
             continue
-        n = per[figure].sum()
+        n = int(per[figure].sum())
         residuals = nlls - nlls.sum() / n * per[figure]
         error = math.sqrt(D / (D - 1) * (residuals**2).sum()) / n
-        errors[figure] = error / math.log(2) if figure == "bits_per_byte" else error * value
+        error *= 1 / math.log(2) if figure == "bits_per_byte" else value
+        errors[figure] = error if error < math.inf else None
     return errors
 
 
@@ -153,8 +153,7 @@ def evaluate(model, text, counts, protocol, block_size, stride, batch_size, rt):
     Raises UserError where the loss is not finite.
     """
     ids, windows, starts = text
-    ragged = protocol != "stream"
-    nll, nlls, each = score(model, ids, windows, starts, block_size, batch_size, rt, ragged, protocol)
+    nll, nlls, each = score(model, ids, windows, starts, block_size, batch_size, rt, protocol)
     if not math.isfinite(nll):
         raise config.UserError("the model gives no finite loss on this text; its weights have diverged")
     scored, expected = int(each.sum()), len(ids) - (1 if protocol == "stream" else len(starts))
@@ -194,7 +193,8 @@ def lacks_lm_eval(dataset, split):
 def check_writable(path):
     """Raise UserError where a file cannot be written, before hours are spent on what it should hold."""
     try:
-        (open(path, "r+b") if path.exists() else tempfile.TemporaryFile(dir=path.parent)).close()
+        is_replaced = path.is_file() or not path.exists()  # else it is a device, which is written to
+        (tempfile.TemporaryFile(dir=path.parent) if is_replaced else open(path, "r+b")).close()
     except OSError as error:
         raise config.UserError(f"{path} can't be written ({error.strerror}); --json=PATH names another") from None
 

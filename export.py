@@ -120,7 +120,7 @@ def main():
     s = config.load(Settings, command_line_only=("init_from",))
     if not s.hf_dir:
         raise config.UserError("--hf_dir=FOLDER is missing: where to write the model")
-    folder = Path(os.path.abspath(s.hf_dir))
+    folder = Path(os.path.realpath(s.hf_dir))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise config.UserError(f"--hf_dir={s.hf_dir} holds something already; name another folder or remove it")
     opened = checkpoint.open_run(s.out_dir, s.init_from)

@@ -332,7 +332,8 @@ class GPT(nn.Module):
         temperature 0 takes the likeliest. top_k keeps so many ids (0: all), then top_p the likeliest of them that
         together have that probability. A sample that has drawn `eot` goes on with it; when all have, generation ends.
         Only ids below vocab_size (0: all) are drawn. A full context goes on from its newest half, which is read again.
-        use_cache=False reads the whole context at every step: the same ids, slowly.
+        use_cache=False reads the whole context at every step: the same ids, slowly. Raises ValueError where a logit is
+        not finite.
         """
         c = self.config
         context, done = idx[:, -c.block_size :], torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
@@ -345,6 +346,8 @@ class GPT(nn.Module):
             x = self.hidden(context[:, past:], cache, past)
             past = context.size(1) if use_cache else 0
             logits = self.lm_head(x[:, -1])[:, : vocab_size or None].float()  # (B, V)
+            if not logits.isfinite().all():
+                raise ValueError("the model's logits are not finite: its training has diverged")
             drawn = draw(logits, temperature, top_k, top_p, generator)  # (B,)
             if eot >= 0:
                 drawn = torch.where(done, eot, drawn)

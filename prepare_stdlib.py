@@ -27,7 +27,8 @@ def modules():
 
 def main():
     s = config.load(Settings)
-    config.check(s, positive="val_every")
+    if s.val_every < 2:
+        raise config.UserError(f"val_every={s.val_every} leaves nothing to train on; take 2 or more")
     with data.lock("stdlib"):
         if "stdlib" in data.names():
             print("data/stdlib is there already; remove the folder to prepare it again")

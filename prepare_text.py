@@ -49,7 +49,7 @@ def find_files(arguments):
         print(f"left out {len(empty)} empty files, such as {empty[0]}")
     if len(files) == len(empty):
         raise config.UserError("these paths hold no text")
-    return [p for p in files.values() if p not in set(empty)]
+    return [p for p in files.values() if p.stat().st_size]
 
 
 def hidden(path, folder):

@@ -94,6 +94,13 @@ class Runtime:
         torch.distributed.all_gather_object(values, value)
         return all(v == value for v in values)
 
+    def of_the_first(self, value):
+        """The value, a plain one, that the first process holds."""
+        values = [value]
+        if self.world_size > 1:
+            torch.distributed.broadcast_object_list(values)
+        return values[0]
+
     def sum(self, tensor):
         """The tensor, summed in place over all processes."""
         if self.world_size > 1:
@@ -173,7 +180,9 @@ def keep_freed_memory():
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 30) or libc.mallopt(
+            M_MMAP_THRESHOLD, 1 << 25
+        )  # glibc before 2.35 has a limit
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 

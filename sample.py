@@ -45,9 +45,9 @@ def read_prompt(start):
     """The prompt that --start names. Raises UserError where it cannot be read."""
     try:
         if start == "-":
-            return sys.stdin.buffer.read().decode()
+            return sys.stdin.buffer.read().decode().removeprefix("\ufeff")
         if start.startswith("FILE:"):
-            return Path(start[5:]).read_bytes().decode()
+            return Path(start[5:]).read_bytes().decode().removeprefix("\ufeff")
         return start.encode("utf-8", "surrogateescape").decode()  # the bytes that the shell handed over
     except OSError as error:
         raise config.UserError(f"--start={start}: {error.strerror}") from None
@@ -58,7 +58,7 @@ def read_prompt(start):
 def encode_prompt(text, tok):
     """A prompt's ids; the text <|endoftext|> in it is the end-of-text, an empty prompt the beginning of a document."""
     if tok.eot < 0:
-        return tok.encode(text or "\n").tolist()
+        return tok.encode(text or ("\n" if "\n" in tok.chars else tok.chars[0])).tolist()
     ids = []
     for i, part in enumerate(text.split(data.ENDOFTEXT)):
         ids += [tok.eot] if i else []
@@ -71,6 +71,7 @@ def main():
     config.check(s, positive="num_samples max_new_tokens", not_negative="temperature top_k seed")
     if not 0 < s.top_p <= 1:
         raise config.UserError(f"top_p={s.top_p}: top_p is a probability, more than 0 and at most 1")
+    text = read_prompt(s.start)
     rt = runtime.choose(s.device, s.dtype, compile=False)
     opened = checkpoint.open_run(s.out_dir, s.init_from)
     tok = data.tokenizer(opened.tokenizer or data.nanogpt_tokenizer(opened.dataset, opened.model.config.vocab_size))
@@ -79,8 +80,6 @@ def main():
         raise checkpoint.CheckpointError(
             f"{opened.name} has {model.config.vocab_size:,} ids, its tokenizer {tok.vocab_size:,}: they don't belong"
         )
-    if not torch.stack([p.sum() for p in model.parameters()]).isfinite().all():
-        raise checkpoint.CheckpointError(f"{opened.name} has weights that are not finite: its training has diverged")
     packs = rt.device.type == "cpu" and torch.backends.mkldnn.is_available()
     packs = packs and (rt.dtype == torch.float32 or s.num_samples == 1)
     c = model.config
@@ -90,7 +89,6 @@ def main():
         )
     if packs:
         model.pack(s.num_samples, rt.dtype)
-    text = read_prompt(s.start)
     prompt = encode_prompt(text, tok)
     print(f"{opened.name}: step {opened.iter_num:,}; {rt.why}", file=sys.stderr)
     if len(prompt) > model.config.block_size:
@@ -106,11 +104,14 @@ def main():
     with torch.inference_mode(), nullcontext() if packs else rt.autocast(), advice:
         idx = torch.tensor([prompt] * s.num_samples, device=rt.device)  # (B, T)
         options = dict(temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, eot=tok.eot, vocab_size=tok.vocab_size)
-        for drawn in model.generate(idx, s.max_new_tokens, **options, generator=generator):
-            ids = drawn.tolist()
-            if streams and ids[0] != tok.eot:
-                print(decoder.decode(tok.decode(ids)), end="", flush=True)
-            samples.append(ids)
+        try:
+            for drawn in model.generate(idx, s.max_new_tokens, **options, generator=generator):
+                ids = drawn.tolist()
+                if streams and ids[0] != tok.eot:
+                    print(decoder.decode(tok.decode(ids)), end="", flush=True)
+                samples.append(ids)
+        except ValueError as error:
+            raise checkpoint.CheckpointError(f"{opened.name}: {error}") from None
     seconds = time.perf_counter() - began
     for sample in [] if streams else zip(*samples, strict=True):
         ids = sample[: sample.index(tok.eot)] if tok.eot in sample else sample

@@ -84,7 +84,7 @@ class Settings:
     compile: Literal["auto", True, False] = "auto"  # auto, True, False: torch.compile
     recompute: bool = False  # each block again in the backward pass: slower by a quarter, in less memory
     deterministic: bool = False  # on a CUDA GPU the same command gives the same bits, slower; a CPU does anyway
-    backend: str = "nccl"  # of several processes on GPUs; on a CPU it is gloo
+    backend: Literal["nccl", "gloo"] = "nccl"  # nccl, gloo: of several processes on GPUs; on a CPU it is gloo
     # Weights & Biases; metrics.jsonl is written all the same
     wandb_log: bool = False  # log there too
     wandb_project: str = "gpt2"  # the project there
@@ -116,6 +116,11 @@ def check(s):
     )
     if s.patience and not s.eval_interval:
         raise config.UserError(f"patience={s.patience} counts evaluations, and eval_interval=0 makes none; set one")
+    if s.decay_lr and s.lr_schedule != "constant" and s.min_lr > s.learning_rate:
+        raise config.UserError(
+            f"min_lr={s.min_lr} is more than learning_rate={s.learning_rate}, and a rate that decays can't end higher; "
+            "lower --min_lr"
+        )
     if s.max_epochs > 1e9:
         raise config.UserError(f"max_epochs={s.max_epochs}: nobody has the time; take less")
 
@@ -179,6 +184,11 @@ def evaluate(model, ids, s, rt):
     return nll / scored
 
 
+def settings_to_go_on(s, then):
+    """A command's settings beside those of a checkpoint; the shape of a run from other weights was never among them."""
+    return asdict(s) | ({} if then.get("init_from") == "scratch" else {k: then[k] for k in SHAPE if k in then})
+
+
 def changed(then, now):
     """The settings in which a command differs from a checkpoint; what the checkpoint does not know is none."""
     return [k for k, v in now.items() if k not in MAY_DIFFER_UNSAID and then.get(k, v) != v]
@@ -194,7 +204,7 @@ def run_to_resume(s):
     if s.init_from == "resume" and not last.exists():
         raise config.UserError(f"init_from=resume: there is no {last} to resume; check out_dir, or start from scratch")
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun, after a failure
-    if s.overwrite and not (restarted and last.exists() and checkpoint.load(last)["config"]["overwrite"]):
+    if s.overwrite and not (restarted and last.exists() and checkpoint.load(last)["config"].get("overwrite")):
         source = Path(s.init_from).resolve()
         if Path(s.out_dir).resolve() in (source, *source.parents):
             raise config.UserError(
@@ -206,7 +216,7 @@ def run_to_resume(s):
         # greater length; once it has finished, other settings are another attempt.
         with contextlib.suppress(checkpoint.CheckpointError):  # a damaged one is what people go back from
             then = checkpoint.load(last)["config"] if last.exists() else {}
-            same = set(changed(then, asdict(s))) <= {"max_iters", "max_epochs"}
+            same = set(changed(then, settings_to_go_on(s, then))) <= {"max_iters", "max_epochs"}
             if then.get("resume_from") == s.resume_from and (same or not Path(s.out_dir, "final.pt").exists()):
                 return last
         if last.exists() and Path(s.resume_from).resolve().parent != last.resolve().parent:
@@ -223,6 +233,19 @@ def run_to_resume(s):
     return None
 
 
+def stamp(path):
+    """What changes when a file is replaced; None for no file."""
+    with contextlib.suppress(OSError):
+        return path.stat().st_ino, path.stat().st_mtime_ns
+
+
+def written_by(path, step):
+    """Whether there is a checkpoint at `path` of this step or an earlier one."""
+    with contextlib.suppress(checkpoint.CheckpointError):
+        return checkpoint.load(path).get("iter_num", 0) <= step
+    return False
+
+
 def check_agreement(ckpt, path, s, dataset, data_sha256):
     """Raise UserError where a checkpoint cannot be gone on with under these settings. Returns what else differs."""
     if "format" not in ckpt:
@@ -234,9 +257,8 @@ def check_agreement(ckpt, path, s, dataset, data_sha256):
         raise config.UserError(
             f"{path} holds weights alone; a new run starts from them by --init_from={path} and another --out_dir"
         )
-    then, now = ckpt["config"], asdict(s)
-    if then["init_from"] != "scratch":  # the shape was never a setting of this run
-        now |= {key: then[key] for key in SHAPE}
+    then = ckpt["config"]
+    now = settings_to_go_on(s, then)
     tokens = [c["batch_size"] * c["gradient_accumulation_steps"] * c["block_size"] for c in (then, now)]
     pairs = {key: (then.get(key), now[key]) for key in MUST_AGREE} | {"tokens a step": tuple(tokens)}
     wrong = [f"{key} was {old} and is {new}" for key, (old, new) in pairs.items() if old != new]
@@ -325,7 +347,7 @@ def main():
     s = config.load(Settings)
     check(s)
     b, steps = s.batch_size, s.gradient_accumulation_steps
-    less = next((d for d in range(b // 2, 0, -1) if b % d == 0), 0)
+    less = next((b // d for d in range(2, min(b, 1000) + 1) if b % d == 0), 0)
     advice = "no batch is smaller, so take a smaller block_size or model"
     if less:
         advice = f"--batch_size={less} --gradient_accumulation_steps={steps * b // less} trains the same in less"
@@ -368,10 +390,13 @@ def train(s, writer):
             print(line, flush=True)
 
     say(rt.why)
-    say(f"{sequences * s.block_size:,} tokens a step, {blocks / sequences:,.1f} steps an epoch, {max_iters:,} steps")
+    length = f"{max_iters:,} steps" + (f" by max_epochs={s.max_epochs:g}" if s.max_epochs else "")
+    say(f"{sequences * s.block_size:,} tokens a step, {blocks / sequences:,.1f} steps an epoch, {length}")
 
     # ---- model: a run to go on with, or one to start ----
     torch.manual_seed(s.seed)
+    out, last, wandb = Path(s.out_dir), Path(s.out_dir, "ckpt.pt"), None
+    found = stamp(last)
     ckpt, step, first_sequence, best_val_loss, worse, row, skipped = {}, 0, 0, math.inf, 0, {}, 0
     if resume_path := run_to_resume(s):
         ckpt = checkpoint.load(resume_path)
@@ -380,6 +405,8 @@ def train(s, writer):
         step, first_sequence, best_val_loss = ckpt["iter_num"], ckpt["sequence_index"], ckpt["best_val_loss"]
         row, skipped, worse = ckpt["row"], ckpt["skipped_steps"], ckpt["worse_evaluations"]
         s.init_from = ckpt["config"]["init_from"]  # where the run's weights came from, which a resume doesn't change
+        if resume_path.resolve() != last.resolve() and not written_by(out / "best.pt", step):
+            best_val_loss = row.get("val_loss", math.inf)  # the weights of a better one are not there any more
         say(f"resuming {resume_path} at step {step:,}" + "".join(f"; {change}" for change in changes))
     elif s.init_from == "scratch":
         shape = {k: getattr(s, k) for k in ("block_size", "dropout", *SHAPE)}
@@ -409,7 +436,7 @@ def train(s, writer):
     if not rt.same((step, finished)):
         raise config.UserError(f"the processes find different checkpoints in {s.out_dir}; put it on a shared disk")
     if finished and not s.eval_only:
-        longer = "max_iters" if step >= max_iters else "patience"
+        longer = "patience" if step < max_iters else "max_epochs" if s.max_epochs else "max_iters"
         say(f"{s.out_dir} has finished at step {step:,}; raise {longer}, or start anew by --overwrite=True")
         return 0
     for key in SHAPE:
@@ -419,6 +446,9 @@ def train(s, writer):
     model.to(rt.device).train()
     size, flops = model.num_params(), model.flops_per_token()
     say(f"{size / 1e6:.5g} M parameters without positions, {flops / 1e9:.4g} GFLOP a token")
+    if s.eval_only:
+        say(f"step {step:,} | val loss {evaluate(model, val_ids, s, rt):.4f}")
+        return 0
     shared = {"lr": s.learning_rate, "betas": (s.beta1, s.beta2), "fused": rt.device.type != "mps"}
     if s.optimizer == "muon":
         optimizer = Muon(model.optim_groups(s.weight_decay, muon=True), momentum=s.momentum, **shared)
@@ -437,17 +467,14 @@ def train(s, writer):
     # The model is what is evaluated and saved; `trained` is the same, wrapped where gradients are averaged.
     trained = runtime.wrap(model, rt, s.batch_size, s.block_size)
 
-    if s.eval_only:
-        say(f"step {step:,} | val loss {evaluate(model, val_ids, s, rt):.4f}")
-        return 0
-
     # ---- the folder of the run ----
-    out, wandb = Path(s.out_dir), None
     if master:
         try:
             out.mkdir(parents=True, exist_ok=True)
             held = FileLock(out / ".lock")  # let go by the system, however this process ends
             held.acquire(timeout=0)
+            if stamp(last) != found:
+                raise config.UserError(f"another process has just saved {last}; the same command goes on from there")
             # Of a write that was killed; and of an older run, which is to be overwritten.
             for pattern in [f"{name}.partial" for name in RUN_FILES] + list(RUN_FILES if not resume_path else ()):
                 for old in out.glob(pattern):
@@ -533,6 +560,7 @@ def train(s, writer):
             say(f"step {step:,} | val loss {val_loss:.4f}, perplexity {math.exp(min(val_loss, 99)):.2f}")
             if not math.isfinite(val_loss):
                 raise diverged(f"the validation loss is {val_loss}")
+            best_val_loss = rt.of_the_first(best_val_loss)  # which alone knows of a best.pt that could not be written
             worse = 0 if val_loss < best_val_loss else worse + 1
             best_val_loss = min(best_val_loss, val_loss)
         better = row.get("val_loss") == best_val_loss  # the run may have been killed before best.pt was written

@@ -14,6 +14,7 @@ The type of a setting is the type of its default; a `Literal` lists the values i
 """
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -170,10 +171,8 @@ def convert(key, value, hint, where, is_text=False):
 def number(value, kind):
     """int: `1e3`, `1_000` and 1000.0 are whole, 0.5 is not; 64 bits. float: finite. Else Value- or OverflowError."""
     if kind is int and isinstance(value, str):
-        try:
-            return int(value)
-        except ValueError:
-            pass  # not an integer literal; it may still be a whole number such as 1e3
+        with contextlib.suppress(ValueError):  # not an integer literal; it may still be a whole number such as 1e3
+            value = int(value)
     value = float(value) if isinstance(value, str) else value
     result = kind(value)
     if not math.isfinite(result) or result != value or (kind is int and abs(result) >= 2**63):

@@ -16,7 +16,7 @@ batch_size = 4
 gradient_accumulation_steps = 8
 
 learning_rate = 3e-5
-decay_lr = False
+lr_schedule = "constant"
 warmup_iters = 10
 max_iters = 200
 

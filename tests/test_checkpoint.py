@@ -1,7 +1,6 @@
 """checkpoint.py: whole or not at all, plain data only, and every kind of model opened."""
 
 import json
-import math
 import os
 import pickle
 import time
@@ -150,7 +149,7 @@ def test_nanogpt_s_checkpoints_open(tmp_path, model, prefix):
         {"model": state, "model_args": args, "iter_num": 7, "best_val_loss": torch.tensor(2.5)}, tmp_path / "c.pt"
     )
     opened = checkpoint.open_model(tmp_path / "c.pt")
-    assert same(opened.model, model) and opened.iter_num == 7 and opened.val_loss == 2.5 and opened.tokenizer == ""
+    assert same(opened.model, model) and opened.iter_num == 7 and opened.tokenizer == ""
 
 
 def test_a_hugging_face_folder_opens_and_a_run_s_folder_gives_its_best(tmp_path, model):
@@ -159,7 +158,7 @@ def test_a_hugging_face_folder_opens_and_a_run_s_folder_gives_its_best(tmp_path,
     Path(tmp_path, "hf", "config.json").write_text(json.dumps(hf))
     save_file(state, tmp_path / "hf" / "model.safetensors")
     opened = checkpoint.open_model(tmp_path / "hf")
-    assert same(opened.model, model) and opened.path is None and math.isnan(opened.val_loss)
+    assert same(opened.model, model) and opened.path is None
     Path(tmp_path, "run").mkdir()
     for name in ("final.pt", "ckpt.pt", "best.pt"):
         checkpoint.save(tmp_path / "run" / name, checkpoint.weights(model))
@@ -170,16 +169,26 @@ def test_the_newest_run(tmp_path, model, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(checkpoint.CheckpointError, match="no run under out/"):
         checkpoint.open_run()
-    for at, name in enumerate(["out/b", "out/a", "out/c"]):
-        Path(name).mkdir(parents=True)
-        checkpoint.save(Path(name, "ckpt.pt"), checkpoint.weights(model))
-        os.utime(Path(name, "ckpt.pt"), (at, 10 - at if name == "out/c" else at + 5))
+    for name, saved in (("out/b/best", 7), ("out/a/ckpt", 6), ("out/c/ckpt", 8), ("out/c/best", 5)):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.save(f"{name}.pt", checkpoint.weights(model))
+        os.utime(f"{name}.pt", (0, saved))
     assert checkpoint.newest_run() == Path("out/c")
-    assert checkpoint.open_run().path == Path("out/c/ckpt.pt")
+    assert checkpoint.open_run().path == Path("out/c/best.pt")
     assert checkpoint.open_run(out_dir="out/a").path == Path("out/a/ckpt.pt")
-    assert checkpoint.open_run("out/a", init_from="out/b/ckpt.pt").path == Path("out/b/ckpt.pt")
+    assert checkpoint.open_run("out/a", init_from="out/b/best.pt").path == Path("out/b/best.pt")
     with pytest.raises(checkpoint.CheckpointError, match="no checkpoint in out/none"):
         checkpoint.open_run("out/none")
+
+
+def test_a_tokenizer_that_only_the_number_of_ids_tells_is_said(tmp_path, capsys):
+    for folder, more in (("said", {"tokenizer_spec": "bytes"}), ("unsaid", {})):
+        Path(tmp_path, folder).mkdir()
+        hf, state = GPT(GPTConfig(block_size=4, vocab_size=257, n_layer=1, n_head=1, n_embd=4)).to_huggingface()
+        Path(tmp_path, folder, "config.json").write_text(json.dumps(hf | more))
+        save_file(state, tmp_path / folder / "model.safetensors")
+        assert checkpoint.open_model(tmp_path / folder).tokenizer == "bytes"
+        assert ("by its 257 ids it is taken to have" in capsys.readouterr().err) == (folder == "unsaid")
 
 
 @pytest.mark.parametrize("source", ["gpt3", "out/none.pt", "a/b/c", "nowhere/", "x.safetensors"])

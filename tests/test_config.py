@@ -162,6 +162,7 @@ def test_text_is_read_as_the_type_of_the_default(arg, value):
         ("--batch_size=nan", "a whole number"),
         ("--batch_size=inf", "a whole number"),
         ("--batch_size=1e999", "a whole number"),
+        ("--batch_size=9223372036854775808", "a whole number"),  # 2^63
         ("--batch_size=" + "9" * 5000, "a whole number"),  # more digits than int() reads
         ("--learning_rate=nan", "a number"),
         ("--learning_rate=inf", "a number"),

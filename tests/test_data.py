@@ -24,9 +24,7 @@ import regex
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import config
 import data
-import prepare_stdlib
 
 WIKITEXT = Path(__file__).parents[1] / "../shared/data/wikitext/wiki.test.raw"
 needs_wikitext = pytest.mark.skipif(not WIKITEXT.exists(), reason="../shared/data/wikitext/wiki.test.raw is not there")
@@ -740,29 +738,6 @@ def test_a_dataset_without_a_script_is_left_to_dataset(cwd, name):
     nanogpt_folder([1, 2], name)
     data.ensure(name)
     assert data.Dataset(name).tokens("train").tolist() == [1, 2]
-
-
-def test_the_demo_corpus_is_the_librarys_modules(cwd, monkeypatch):
-    sources = {f"lib/m{i:02}.py": f"# module {i}\nx = {i}" for i in range(40)}
-    others = {"lib/test/t.py": "a test", "lib/site-packages/p/q.py": "a package", "lib/empty.py": "", "lib/m.txt": "no"}
-    for path, text in (sources | others).items():
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(text)
-    monkeypatch.setattr(prepare_stdlib.sysconfig, "get_paths", lambda: {"stdlib": str(cwd / "lib")})
-    monkeypatch.setattr(sys, "argv", ["prepare_stdlib.py", "--val_every=4"])
-    prepare_stdlib.main()
-    dataset = data.Dataset("stdlib")
-    for split, chosen in (("val", [0]), ("train", [1, 2, 3])):
-        texts = [text for i, text in enumerate(sources.values()) if i % 4 in chosen]
-        assert bytes(dataset.text_ids(split).astype(np.uint8)).decode() == "".join(texts)
-        assert dataset.splits[split]["documents"] == len(texts)
-    before = Path("data/stdlib/meta.json").stat().st_mtime_ns
-    prepare_stdlib.main()
-    assert Path("data/stdlib/meta.json").stat().st_mtime_ns == before
-    shutil.rmtree("data")
-    monkeypatch.setattr(sys, "argv", ["prepare_stdlib.py", "--val_every=21"])
-    with pytest.raises(config.UserError, match="40 modules"):
-        prepare_stdlib.main()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

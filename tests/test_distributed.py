@@ -20,14 +20,14 @@ ARGS = [*TINY, "--max_iters=20", "--gradient_accumulation_steps=4", "--eval_inte
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-def launch(*args, settings=(), **more):
+def launch(*args, script=ROOT / "train.py", settings=(), **more):
     """torchrun's own module, as a process."""
-    command = [sys.executable, "-m", "torch.distributed.run", *args, str(ROOT / "train.py"), *ARGS, *settings]
+    command = [sys.executable, "-m", "torch.distributed.run", *args, str(script), *ARGS, *settings]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENV, **more)
 
 
-def finish(*args, settings=()):
-    process = launch(*args, settings=settings)
+def finish(*args, **more):
+    process = launch(*args, **more)
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output
     return output
@@ -138,6 +138,29 @@ def test_a_signal_to_torchrun_stops_all_together_with_a_checkpoint(corpus, numbe
     assert 0 < checkpoint.load("out/ckpt.pt")["iter_num"] < 800
     assert "resuming" in finish("--standalone", "--nproc_per_node=2", settings=more)
     assert difference("out/whole", "out") == 0 and losses("out/whole") == losses("out")
+
+
+@pytest.mark.stress
+def test_a_best_that_the_first_could_not_write_is_none_for_the_others(corpus):
+    """Else they would disagree on when patience is at an end, and wait for each other."""
+    Path("ill.py").write_text(f"""
+import errno, sys
+sys.path.insert(0, {str(ROOT)!r})
+import checkpoint, config, train
+losses, save = iter([5.0, 4.0, 4.5, 4.6]), checkpoint.save
+def full_disk(path, state, links):
+    if path.name == "best.pt" and state["best_val_loss"] == 4.0:
+        raise OSError(errno.ENOSPC, "No space left on device")
+    save(path, state, links)
+checkpoint.save, train.evaluate = full_disk, lambda *args: next(losses)
+config.run(train.main, config.UserError)
+""")
+    output = finish(
+        "--standalone", "--nproc_per_node=2", script="ill.py", settings=["--eval_interval=4", "--patience=1"]
+    )
+    assert "best.pt could not be written" in output
+    assert "no better validation loss than 4.5000 in 1 evaluations" in output
+    assert checkpoint.load("out/best.pt")["iter_num"] == 8
 
 
 @pytest.mark.stress

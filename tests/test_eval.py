@@ -269,6 +269,15 @@ def test_a_figure_beyond_a_float_leaves_the_report_valid_json(run):
     json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 
 
+def test_an_error_beyond_a_float_is_null():
+    """The perplexity is 3e307, of which the other document makes a standard error of more than 1e309."""
+    one = np.array([1.0, 1.0])
+    nlls = np.array([100.0, 1316.0])
+    found = evaluation.figures(nlls.sum(), {"word_ppl": 2})
+    assert found["word_ppl"] > 1e307
+    assert evaluation.standard_errors(found, nlls, {"word_ppl": one}) == {"word_ppl": None}
+
+
 def test_batch_size_changes_nothing(report):
     save_run(random_model())
     results = [report("--stride=3", f"--batch_size={n}")["results"][0] for n in (1, 7, 100)]
@@ -411,7 +420,9 @@ def test_published_figures_stand_under_their_protocol_and_in_their_column():
     errors = dict.fromkeys(evaluation.FORMATS)
     result = dict(block_size=8, tokens_scored=1, standard_error=errors, **dict.fromkeys(evaluation.FORMATS, 2.0))
     results = [result | {"protocol": p, "stride": 0} for p in evaluation.PROTOCOLS]
-    for line in evaluation.table(results, "ours", evaluation.PUBLISHED).splitlines()[1:]:
+    lines = evaluation.table(results, "ours", evaluation.PUBLISHED).splitlines()
+    assert len(lines) == 1 + len(results) + len(evaluation.PUBLISHED)
+    for line in lines[1:]:
         protocol, *cells = line.split()[:8]
         if line.endswith(" ours"):
             continue
@@ -420,6 +431,15 @@ def test_published_figures_stand_under_their_protocol_and_in_their_column():
         assert protocol == "lm_eval" or set(values) == {"token_ppl"}
     strided = evaluation.table([result | {"protocol": "stream", "stride": 4}], "ours", evaluation.PUBLISHED)
     assert len(strided.splitlines()) == 2
+
+
+def test_published_figures_stand_beside_wikitexts_test_text_alone(script, monkeypatch):
+    save_run(random_model(vocab_size=50_257), tokenizer="gpt2", dataset="mine")
+    data.write("mine", data.Gpt2Tokenizer(), [("test", text, True) for text in DOCUMENTS], 0)
+    assert "Hyena" not in script("eval", "--protocol=stream")[1]
+    counts = json.loads(Path("data/mine/meta.json").read_text())["splits"]["test"]
+    monkeypatch.setattr(evaluation, "WIKITEXT_TEST", {k: counts[k] for k in evaluation.WIKITEXT_TEST})
+    assert script("eval", "--protocol=stream")[1].count("Hyena") == 3
 
 
 def test_characters_have_no_documents(run):
@@ -436,6 +456,10 @@ def test_characters_have_no_documents(run):
     assert status == 0 and "\nstream: " in out and "\ndocuments: " not in out
     status, _, err = run("--protocol=documents")
     assert status == 2 and "--protocol=stream" in err.splitlines()[-1]
+    more = {c: i for i, c in enumerate([*chars, "Ω"])}
+    Path("data/letters/meta.pkl").write_bytes(pickle.dumps({"itos": {i: c for c, i in more.items()}, "stoi": more}))
+    status, _, err = run()
+    assert status == 2 and "has been made anew" in err.splitlines()[-1]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -468,7 +492,7 @@ def test_json_names_another_place(run):
 
 
 def test_the_newest_run_is_taken_and_its_best_checkpoint(report):
-    for age, (folder, file) in enumerate([("b", "ckpt.pt"), ("b", "best.pt"), ("b", "final.pt"), ("a", "best.pt")]):
+    for age, (folder, file) in enumerate([("b", "ckpt.pt"), ("a", "best.pt"), ("b", "best.pt"), ("b", "final.pt")]):
         save_run(random_model(age), f"out/{folder}", file)
         os.utime(f"out/{folder}/{file}", (10_000 - age, 10_000 - age))  # b's ckpt.pt is the newest file of all
     assert report()["model"] == "out/b/best.pt"
@@ -538,6 +562,7 @@ def test_only_the_table_goes_to_standard_output(run):
         (["--init_from=out/b/unsaid.pt"], "--dataset=NAME"),
         (["--json=no/such/folder.json"], "--json=PATH"),
         (["--json=out"], "--json=PATH"),
+        (["--json=/proc/self/comm"], "--json=PATH"),  # a file that can be written, where no other can be made
         (["--protocol=lm_eval"], "that protocol is WikiText's"),
         (["--protocol=words"], "one of"),
         (["--device=tpu"], "device=tpu"),

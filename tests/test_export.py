@@ -209,6 +209,14 @@ def test_a_nanogpt_run_is_trained_on_sampled_and_evaluated(script):
         assert status == 0 and "899" in out, err
 
 
+def test_a_link_to_an_empty_folder_is_written_behind(script):
+    save_run(random_model())
+    Path("disk").mkdir()
+    Path("hf").symlink_to("disk")
+    assert script("export", "--hf_dir=hf")[0] == 0
+    assert Path("disk/model.safetensors").exists() and Path("hf").is_symlink()
+
+
 def test_a_folder_that_holds_something_is_not_touched(script):
     save_run(random_model())
     Path("hf").mkdir()

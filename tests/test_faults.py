@@ -7,6 +7,7 @@ Whatever happens, what was on the disk before is still there. Ten of the rows ru
 import ctypes
 import hashlib
 import json
+import math
 import os
 import pickle
 import resource
@@ -144,10 +145,15 @@ def ckpt_of(name, **changes):
     return lambda: torch.save(torch.load(f"out/a/{name}", weights_only=True) | changes, f"out/a/{name}")
 
 
-def not_finite():
-    state = torch.load("out/a/best.pt", weights_only=True)
-    state["model"]["transformer.ln_f.weight"].fill_(float("nan"))
-    torch.save(state, "out/a/best.pt")
+def scales(value):
+    """A run whose weights have come to this."""
+
+    def change():
+        state = torch.load("out/a/best.pt", weights_only=True)
+        state["model"]["transformer.ln_f.weight"].fill_(value)
+        torch.save(state, "out/a/best.pt")
+
+    return change
 
 
 def other_tokens():
@@ -191,6 +197,7 @@ REFUSED = {
     "zero": (None, ["train", *NEW, "--batch_size=0"], "must be more than 0"),
     "negative": (None, ["train", *NEW, "--eval_interval=-1"], "can't be negative"),
     "not a number": (None, ["train", *NEW, "--learning_rate=nan"], "learning_rate takes a number"),
+    "no such backend": (None, ["train", *NEW, "--backend=ncl"], "one of nccl, gloo"),
     "infinite": (None, ["train", *NEW, "--grad_clip=inf"], "grad_clip takes a number"),
     "more than 64 bits": (None, ["train", *NEW, "--seed=1e30"], "seed takes a whole number"),
     "all is dropped": (None, ["train", *NEW, "--dropout=1"], "less than 1"),
@@ -199,6 +206,7 @@ REFUSED = {
     "a billion layers": (None, ["train", *NEW, "--n_layer=1e9"], "take a smaller n_layer"),
     "a huge width": (None, ["train", *NEW, "--n_embd=1e9"], "take a smaller n_layer, n_embd"),
     "a huge MLP": (None, ["train", *NEW, "--n_inner=1e13"], "M parameters and 64 tokens"),
+    "a huge prime batch": (None, ["train", *NEW, "--batch_size=9223372036854775783"], "tokens in a micro-batch take"),
     "a huge batch": (None, ["train", *NEW, "--batch_size=1e12"], "tokens in a micro-batch take more"),
     "a block longer than the text": (None, ["train", *NEW, "--block_size=1e6"], "take block_size="),
     "no such choice": (None, ["train", *NEW, "--compile=maybe"], "one of auto, True, False"),
@@ -275,8 +283,10 @@ REFUSED = {
     "a part of the corpus": (put("src/wiki.test.raw", "x\n"), ["prepare_wikitext103", "--source=src"], "--check=False"),
     # sampling
     "a name too long": (None, ["train", *NEW, f"--out_dir=out/{'a' * 300}"], "File name too long"),
+    "a rate that would rise": (None, ["train", *NEW, "--learning_rate=1e-4"], "min_lr=0.001 is more than"),
     "too many epochs": (None, ["train", *NEW, "--max_epochs=1e308"], "take less"),
-    "weights that are not finite": (not_finite, ["sample"], "not finite"),
+    "weights that are not finite": (scales(math.nan), ["sample"], "not finite"),
+    "weights that have diverged": (scales(3e38), ["sample", "--temperature=0"], "not finite"),
     "a tokenizer of another size": (ckpt_of("best.pt", tokenizer="gpt2"), ["sample"], "they don't belong"),
     "a stride of documents": (None, ["eval", "--protocol=documents", "--stride=8"], "is for --protocol=stream"),
     "no run": (None, ["sample", "--out_dir=out/none"], "no checkpoint in out/none"),

@@ -81,7 +81,11 @@ def test_a_second_run_says_so_and_changes_nothing(run):
 
 @pytest.mark.parametrize(
     ("arg", "says"),
-    [("--val_every=23", "this Python has 45 modules"), ("--val_every=0", "val_every"), ("--seed=1", "unknown setting")],
+    [
+        ("--val_every=23", "this Python has 45 modules"),
+        ("--val_every=1", "val_every=1 leaves nothing to train on"),
+        ("--seed=1", "unknown setting"),
+    ],
 )
 def test_a_mistake_is_one_line_and_leaves_no_dataset(run, arg, says):
     status, out, err = run(arg)

@@ -239,6 +239,8 @@ def test_a_prompt_is_text_a_file_or_standard_input(text):
     assert shown.startswith(prompt)
     assert text("--start=FILE:a prompt.txt") == shown
     assert text("--start=-", stdin=prompt.encode()) == shown
+    Path("a prompt.txt").write_bytes(prompt.encode("utf-8-sig"))
+    assert text("--start=FILE:a prompt.txt") == shown
 
 
 def test_an_empty_prompt_is_the_beginning_of_a_document(text):
@@ -333,6 +335,7 @@ def test_our_checkpoint_of_characters_needs_no_dataset(text, mistake):
     chars = "abc"
     save_run(parrot([2, 0, 1], vocab_size=3), tokenizer="char:" + chars)
     assert text("--start=a", "--max_new_tokens=3") == "acab\n"
+    assert text("--max_new_tokens=3") == "cab\n"  # with no line end to begin with, after the first of them
     assert "'z'" in mistake("--start=z")
 
 

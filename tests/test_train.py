@@ -306,6 +306,58 @@ def test_resume_from_goes_back_once(train):
     assert "has finished" in train(*args, *other)[1]
 
 
+def test_going_back_twice_in_a_run_that_began_from_other_weights(train):
+    """Its shape is that of those weights, whatever the command's defaults are."""
+    train("--out_dir=out/base", "--n_layer=1", "--max_iters=4")
+    args = "--out_dir=out/a", "--init_from=out/base/final.pt", "--save_interval=4"
+    train(*args)
+    assert "ckpt_iter_4.pt at step 4" in train(*args, "--resume_from=out/a/ckpt_iter_4.pt")[1]
+    assert "has finished" in train(*args, "--resume_from=out/a/ckpt_iter_4.pt")[1]
+
+
+@pytest.mark.parametrize(
+    ("losses", "back_to", "later", "step", "loss"),
+    [
+        (
+            [5.0, 4.0, 3.9, 3.0, 2.0],
+            3,
+            [4.5, 4.6, 4.7],
+            3,
+            4.0,
+        ),  # the checkpoint gone back to is itself the best until then
+        ([5.0, 4.0, 3.9, 3.0, 2.0], 5, [4.5, 4.4, 4.6], 9, 4.4),  # the best until then is not there any more
+        ([5.0, 4.0, 4.1, 4.2, 4.3], 7, [4.2, 4.3], 3, 4.0),  # it is
+    ],
+)
+def test_going_back_leaves_no_best_weights_of_what_came_after(train, monkeypatch, losses, back_to, later, step, loss):
+    coming = iter(losses + later)
+    monkeypatch.setattr(train_py, "evaluate", lambda *args: next(coming))
+    args = "--out_dir=out/a", "--eval_interval=3", "--save_interval=1"
+    train(*args)
+    train(*args, f"--resume_from=out/a/ckpt_iter_{back_to}.pt")
+    best = checkpoint.load("out/a/best.pt")
+    assert (best["iter_num"], best["best_val_loss"], next(coming, None)) == (step, loss, None)
+
+
+def test_another_process_that_saves_while_this_one_starts_is_not_undone(train, monkeypatch):
+    train("--out_dir=out/a", "--max_iters=4")
+    early = Path("out/a/ckpt.pt").read_bytes()
+    train("--out_dir=out/a")
+    late = Path("out/a/ckpt.pt").read_bytes()
+    Path("out/a/ckpt.pt").write_bytes(early)
+    build = checkpoint.build
+
+    def build_slowly(*args):
+        Path("out/a/new").write_bytes(late)
+        os.replace("out/a/new", "out/a/ckpt.pt")
+        return build(*args)
+
+    monkeypatch.setattr(checkpoint, "build", build_slowly)
+    status, _, err = train("--out_dir=out/a", "--max_iters=20")
+    assert status == 2 and "another process has just saved out/a/ckpt.pt" in err
+    assert Path("out/a/ckpt.pt").read_bytes() == late
+
+
 def test_what_init_from_names_is_not_overwritten(train):
     train("--out_dir=out/a", "--max_iters=4")
     for source in ("out/a", "out/a/best.pt", "out/../out/a"):
@@ -343,11 +395,12 @@ def test_init_from(train):
     assert status == 2 and len(err.splitlines()) == 1
 
 
-def test_eval_only_writes_nothing(train):
+def test_eval_only_writes_nothing_and_compiles_nothing(train, monkeypatch):
     train("--out_dir=out/a", "--max_iters=4")
+    monkeypatch.setattr(train_py.runtime, "compile_blocks", lambda *args: pytest.fail("compiled"))
     before = {p.name: p.read_bytes() for p in Path("out/a").iterdir()}
     last = rows("out/a")[-1]["val_loss"]
-    _, out, _ = train("--out_dir=out/a", "--eval_only=True", "--init_from=resume")
+    _, out, _ = train("--out_dir=out/a", "--eval_only=True", "--init_from=resume", "--compile=True")
     assert f"val loss {last:.4f}" in out
     _, out, _ = train("--out_dir=out/a", "--eval_only=True")  # a fresh model: out_dir is not looked at
     assert f"val loss {rows('out/a')[0]['val_loss']:.4f}" in out
@@ -371,8 +424,10 @@ def test_always_save_checkpoint_false_saves_only_what_is_better(train, monkeypat
 def test_epochs(train):
     tokens = data.Dataset("tiny").tokens("train")
     blocks = data.blocks_per_epoch(len(tokens), 16)
-    train("--out_dir=out/a", "--max_epochs=0.5", "--eval_interval=0", "--gradient_accumulation_steps=16")
+    half = "--out_dir=out/a", "--max_epochs=0.5", "--eval_interval=0", "--gradient_accumulation_steps=16"
     steps = math.ceil(0.5 * blocks / 64)
+    assert f"{steps} steps by max_epochs=0.5\n" in train(*half)[1]
+    assert f"has finished at step {steps}; raise max_epochs" in train(*half)[1]
     assert [r["step"] for r in rows("out/a")] == list(range(1, steps + 1))
     assert rows("out/a")[-1]["epoch"] == pytest.approx(steps * 64 / blocks) and steps * 64 >= 0.5 * blocks
     train(
