@@ -158,7 +158,8 @@ def softmax_nll(logits, targets):
     """
     if logits.dtype != torch.float32:
         logprobs = torch.log_softmax(logits, dim=1, dtype=torch.float32)
-        return logprobs.exp(), logprobs.new_ones(len(logits), 1), -logprobs.gather(1, targets)
+        nll = -logprobs.gather(1, targets)
+        return logprobs.exp_(), torch.ones_like(nll), nll
     top = logits.amax(dim=1, keepdim=True)
     wanted = logits.gather(1, targets) - top
     e = logits.sub_(top).exp_()
@@ -190,16 +191,16 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             e, mass, nll = softmax_nll(products[:, :V], index)
             total += (nll * counts).sum()
             # d(sum of losses)/d(logits) = softmax - one-hot, zero where the target does not count: here times `mass`,
-            # and divided by it in what the products are much smaller in.
-            delta = e.scatter_add_(1, index, -mass).to(dtype)
-            if w.size(0) > V:
-                delta = F.pad(delta, (0, w.size(0) - V))
+            # and divided by it in what is smaller. It takes the place of the products; in the padding they are zero.
+            e.scatter_add_(1, index, -mass)
+            if dtype != torch.float32:
+                products[:, :V] = e
             scale = (counts / mass).to(dtype)
-            torch.mm(delta, w, out=grad_x[part]).mul_(scale)
+            torch.mm(products, w, out=grad_x[part]).mul_(scale)
             if dtype == torch.float32:
-                grad_w.addmm_(delta.T, h[part] * scale)
+                grad_w.addmm_(products.T, h[part] * scale)
             else:
-                grad_w += delta.T @ (h[part] * scale)
+                grad_w += products.T @ (h[part] * scale)
         count = scored.sum()
         ctx.save_for_backward(grad_x, grad_w[:V], count)
         ctx.dtypes = x.dtype, weight.dtype
