@@ -7,8 +7,8 @@
 # 10 epochs: 9,000 steps, 1.18 billion tokens, half of what config/wikitext103_adamw.py takes. At 0.855 GFLOP a token
 # that is 1.0e18 FLOP: by arithmetic 2.2 hours at 40 % of an A100's dense bfloat16 peak of 312 TFLOP/s, 0.7 hours at
 # 40 % of an H100's 989.
-# The text is small for the model, a token a parameter: dropout, and best.pt is the checkpoint to report. In records/, of
-# smaller models, dropout 0.1 cost 0.06 at that share after five epochs, and gained at a quarter of the tokens.
+# The text is small for the model, a token a parameter: dropout, and best.pt is the checkpoint to report. Of the smaller
+# models in records/ dropout 0.1 cost 0.06 at that share and five epochs, and gained at a quarter of the tokens and 10.
 out_dir = "out/wikitext103"
 dataset = "wikitext103"
 
