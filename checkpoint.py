@@ -265,6 +265,7 @@ def open_model(source):
     named = None
     if path.is_dir():  # export.py says which
         named = json.loads((path / "config.json").read_text(encoding="utf-8")).get("tokenizer_spec")
-    if named is None and V in (50257, 257) and source not in GPT2_NAMES:
+    guessed = named is None and V in (50257, 257) and source not in GPT2_NAMES
+    if guessed and os.environ.get("RANK", "0") == "0":
         print(f"{source}: by its {V:,} ids it is taken to have the tokenizer {spec!r}", file=sys.stderr)
     return Opened(model, str(source), None, str(named or spec), "", 0)

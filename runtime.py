@@ -180,9 +180,8 @@ def keep_freed_memory():
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_THRESHOLD, 1 << 30) or libc.mallopt(
-            M_MMAP_THRESHOLD, 1 << 25
-        )  # glibc before 2.35 has a limit
+        # Older versions take no more than 32 MiB for the first, and answer 0.
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 30) or libc.mallopt(M_MMAP_THRESHOLD, 1 << 25)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 

@@ -239,10 +239,10 @@ def stamp(path):
         return path.stat().st_ino, path.stat().st_mtime_ns
 
 
-def written_by(path, step):
-    """Whether there is a checkpoint at `path` of this step or an earlier one."""
+def holds_loss(path, val_loss):
+    """Whether `path` has weights of this validation loss."""
     with contextlib.suppress(checkpoint.CheckpointError):
-        return checkpoint.load(path).get("iter_num", 0) <= step
+        return checkpoint.load(path).get("best_val_loss") == val_loss
     return False
 
 
@@ -397,7 +397,7 @@ def train(s, writer):
     torch.manual_seed(s.seed)
     out, last, wandb = Path(s.out_dir), Path(s.out_dir, "ckpt.pt"), None
     found = stamp(last)
-    ckpt, step, first_sequence, best_val_loss, worse, row, skipped = {}, 0, 0, math.inf, 0, {}, 0
+    ckpt, step, first_sequence, best_val_loss, worse, row, skipped, stale = {}, 0, 0, math.inf, 0, {}, 0, False
     if resume_path := run_to_resume(s):
         ckpt = checkpoint.load(resume_path)
         changes = check_agreement(ckpt, resume_path, s, dataset, data_sha256)
@@ -405,8 +405,8 @@ def train(s, writer):
         step, first_sequence, best_val_loss = ckpt["iter_num"], ckpt["sequence_index"], ckpt["best_val_loss"]
         row, skipped, worse = ckpt["row"], ckpt["skipped_steps"], ckpt["worse_evaluations"]
         s.init_from = ckpt["config"]["init_from"]  # where the run's weights came from, which a resume doesn't change
-        if resume_path.resolve() != last.resolve() and not written_by(out / "best.pt", step):
-            best_val_loss = row.get("val_loss", math.inf)  # the weights of a better one are not there any more
+        if stale := resume_path.resolve() != last.resolve() and not holds_loss(out / "best.pt", best_val_loss):
+            best_val_loss, worse = row.get("val_loss", math.inf), 0  # the weights of a better one are gone
         say(f"resuming {resume_path} at step {step:,}" + "".join(f"; {change}" for change in changes))
     elif s.init_from == "scratch":
         shape = {k: getattr(s, k) for k in ("block_size", "dropout", *SHAPE)}
@@ -479,6 +479,8 @@ def train(s, writer):
             for pattern in [f"{name}.partial" for name in RUN_FILES] + list(RUN_FILES if not resume_path else ()):
                 for old in out.glob(pattern):
                     old.unlink()
+            if stale:  # of steps that are gone back from
+                (out / "best.pt").unlink(missing_ok=True)
             keep_rows_before(out / "metrics.jsonl", step)
         except Timeout:
             raise config.UserError(f"another process trains in {out}; stop it, or name another --out_dir") from None

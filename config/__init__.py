@@ -171,7 +171,7 @@ def convert(key, value, hint, where, is_text=False):
 def number(value, kind):
     """int: `1e3`, `1_000` and 1000.0 are whole, 0.5 is not; 64 bits. float: finite. Else Value- or OverflowError."""
     if kind is int and isinstance(value, str):
-        with contextlib.suppress(ValueError):  # not an integer literal; it may still be a whole number such as 1e3
+        with contextlib.suppress(ValueError):  # of 1e3, which is a whole number all the same
             value = int(value)
     value = float(value) if isinstance(value, str) else value
     result = kind(value)

@@ -140,7 +140,6 @@ def test_a_signal_to_torchrun_stops_all_together_with_a_checkpoint(corpus, numbe
     assert difference("out/whole", "out") == 0 and losses("out/whole") == losses("out")
 
 
-@pytest.mark.stress
 def test_a_best_that_the_first_could_not_write_is_none_for_the_others(corpus):
     """Else they would disagree on when patience is at an end, and wait for each other."""
     Path("ill.py").write_text(f"""

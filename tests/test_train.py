@@ -318,15 +318,10 @@ def test_going_back_twice_in_a_run_that_began_from_other_weights(train):
 @pytest.mark.parametrize(
     ("losses", "back_to", "later", "step", "loss"),
     [
-        (
-            [5.0, 4.0, 3.9, 3.0, 2.0],
-            3,
-            [4.5, 4.6, 4.7],
-            3,
-            4.0,
-        ),  # the checkpoint gone back to is itself the best until then
-        ([5.0, 4.0, 3.9, 3.0, 2.0], 5, [4.5, 4.4, 4.6], 9, 4.4),  # the best until then is not there any more
-        ([5.0, 4.0, 4.1, 4.2, 4.3], 7, [4.2, 4.3], 3, 4.0),  # it is
+        # The checkpoint gone back to is itself the best until then; the best until then is gone; it is still there.
+        ([5.0, 4.0, 3.9, 3.0, 2.0], 3, [4.5, 4.6, 4.7], 3, 4.0),
+        ([5.0, 4.0, 3.9, 3.0, 2.0], 5, [4.5, 4.4, 4.6], 9, 4.4),
+        ([5.0, 4.0, 4.1, 4.2, 4.3], 7, [4.2, 4.3], 3, 4.0),
     ],
 )
 def test_going_back_leaves_no_best_weights_of_what_came_after(train, monkeypatch, losses, back_to, later, step, loss):
@@ -337,6 +332,30 @@ def test_going_back_leaves_no_best_weights_of_what_came_after(train, monkeypatch
     train(*args, f"--resume_from=out/a/ckpt_iter_{back_to}.pt")
     best = checkpoint.load("out/a/best.pt")
     assert (best["iter_num"], best["best_val_loss"], next(coming, None)) == (step, loss, None)
+
+
+def test_going_back_twice_does_not_take_the_best_of_another_attempt_for_its_own(train, monkeypatch):
+    coming = iter([5.0, 4.0, 4.1, 4.2, 4.3] + [4.5, 4.6] + [4.4, 4.5])
+    monkeypatch.setattr(train_py, "evaluate", lambda *args: next(coming))
+    args = "--out_dir=out/a", "--eval_interval=3", "--save_interval=1"
+    train(*args)
+    train(*args, "--resume_from=out/a/ckpt_iter_2.pt", "--max_iters=6")  # best.pt is of its step 3
+    train(*args, "--resume_from=out/a/ckpt_iter_8.pt")  # where 4.0 was the best
+    best = checkpoint.load("out/a/best.pt")
+    assert (best["iter_num"], best["best_val_loss"], next(coming, None)) == (9, 4.4, None)
+
+
+def test_going_back_begins_to_count_for_patience_anew_and_removes_a_best_that_is_undone(train, monkeypatch):
+    coming = iter([5.0, 4.0, 4.1, 3.0, 2.0] + [4.2, 4.3])
+    monkeypatch.setattr(train_py, "evaluate", lambda *args: next(coming))
+    args = "--out_dir=out/a", "--save_interval=1"
+    train(*args, "--eval_interval=3")
+    _, out, _ = train(
+        *args, "--eval_interval=3", "--patience=2", "--max_iters=15", "--resume_from=out/a/ckpt_iter_6.pt"
+    )
+    assert "no better validation loss than 4.1000 in 2 evaluations" in out and next(coming, None) is None
+    train(*args, "--eval_interval=0", "--resume_from=out/a/ckpt_iter_5.pt")
+    assert not Path("out/a/best.pt").exists()
 
 
 def test_another_process_that_saves_while_this_one_starts_is_not_undone(train, monkeypatch):

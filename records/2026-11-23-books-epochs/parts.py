@@ -1,6 +1,6 @@
 """Make data/books_part and data/books_piece: 2.0 and 0.5 million bytes of data/books_bytes' train split.
 
-They are every 158th and every 632nd 2,048 bytes of it, from all its books; the validation split stays as it is.
+They are every 158th and every 632nd 2,048 bytes of it; the validation split stays as it is.
 """
 
 import hashlib
