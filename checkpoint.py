@@ -61,9 +61,14 @@ def save(path, checkpoint, links=()):
     sync_folder(path.parent)
 
 
+def partial_of(path):
+    """Where a text is written before it takes the place of `path`: what is no file, such as /dev/stdout, is itself."""
+    return path.with_name(f"{path.name}.partial") if path.is_file() or not path.exists() else path
+
+
 def write_text(path, text):
-    """Replace a text file whole; what is no file, such as /dev/stdout, is written to. Raises OSError."""
-    partial = path.with_name(f"{path.name}.partial") if path.is_file() or not path.exists() else path
+    """Replace a text file whole; what is no file is written to. Raises OSError."""
+    partial = partial_of(path)
     try:
         partial.write_text(text, encoding="utf-8")
         if partial != path:
@@ -261,11 +266,9 @@ def open_model(source):
             f"{source} cannot be opened: {reason}; without a network, give a checkpoint or a folder"
         ) from None
     V = model.config.vocab_size
-    spec = {50257: "gpt2", 257: "bytes"}.get(V, f"of {source}, which has {V:,} ids,")
-    named = None
+    guess, named = {50257: "gpt2", 257: "bytes"}.get(V), None
     if path.is_dir():  # export.py says which
         named = json.loads((path / "config.json").read_text(encoding="utf-8")).get("tokenizer_spec")
-    guessed = named is None and V in (50257, 257) and source not in GPT2_NAMES
-    if guessed and os.environ.get("RANK", "0") == "0":
-        print(f"{source}: by its {V:,} ids it is taken to have the tokenizer {spec!r}", file=sys.stderr)
-    return Opened(model, str(source), None, str(named or spec), "", 0)
+    if named is None and guess and source not in GPT2_NAMES and os.environ.get("RANK", "0") == "0":
+        print(f"{source}: by its {V:,} ids it is taken to have the tokenizer {guess!r}", file=sys.stderr)
+    return Opened(model, str(source), None, str(named or guess or f"of {source}, which has {V:,} ids,"), "", 0)

@@ -193,8 +193,8 @@ def lacks_lm_eval(dataset, split):
 def check_writable(path):
     """Raise UserError where a file cannot be written, before hours are spent on what it should hold."""
     try:
-        is_replaced = path.is_file() or not path.exists()  # else it is a device, which is written to
-        (tempfile.TemporaryFile(dir=path.parent) if is_replaced else open(path, "r+b")).close()
+        in_place = checkpoint.partial_of(path) == path
+        (open(path, "r+b") if in_place else tempfile.TemporaryFile(dir=path.parent)).close()
     except OSError as error:
         raise config.UserError(f"{path} can't be written ({error.strerror}); --json=PATH names another") from None
 

@@ -236,7 +236,8 @@ def run_to_resume(s):
 def stamp(path):
     """What changes when a file is replaced; None for no file."""
     with contextlib.suppress(OSError):
-        return path.stat().st_ino, path.stat().st_mtime_ns
+        found = path.stat()
+        return found.st_ino, found.st_mtime_ns
 
 
 def holds_loss(path, val_loss):
