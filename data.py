@@ -142,20 +142,24 @@ def read_meta_pkl(path):
     return CharTokenizer("".join(chars))
 
 
-def nanogpt_tokenizer(dataset, vocab_size=Gpt2Tokenizer.vocab_size, root="data"):
+def vocab_size_of(spec):
+    """The number of ids of a tokenizer's spec; 0 where it is unknown."""
+    return len(spec) - len("char:") if spec.startswith("char:") else KNOWN_SIZES.get(spec, 0)
+
+
+def nanogpt_tokenizer(dataset, root="data"):
     """The tokenizer's spec of nanoGPT's data or checkpoint, which do not say: the dataset's meta.pkl, else GPT-2's."""
     pickled = Path(root, dataset, "meta.pkl")
-    if dataset and pickled.is_file():
-        tok = read_meta_pkl(pickled)
-        if tok.vocab_size > vocab_size:
-            raise DataError(
-                f"{pickled} has {tok.vocab_size:,} characters, the model {vocab_size:,} ids: it has been made anew "
-                "since; put back the one of the model's training"
-            )
-        return tok.spec
-    if vocab_size < Gpt2Tokenizer.vocab_size:
-        raise DataError(f"{pickled} is missing, which says what the model's {vocab_size:,} ids mean; put it there")
-    return "gpt2"
+    return read_meta_pkl(pickled).spec if dataset and pickled.is_file() else "gpt2"
+
+
+def model_tokenizer(opened):
+    """The tokenizer's spec of an opened model. Raises DataError where that has more ids than the model."""
+    spec = opened.tokenizer or nanogpt_tokenizer(opened.dataset)
+    if (ids := vocab_size_of(spec)) > (vocab_size := opened.model.config.vocab_size):
+        remedy = "take another" if opened.tokenizer else f"put its training's meta.pkl into data/{opened.dataset}"
+        raise DataError(f"{opened.name} has {vocab_size:,} ids, its tokenizer {spec[:40]!r} {ids:,}; {remedy}")
+    return spec
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -399,7 +403,7 @@ class Dataset:
                 counts = [c[k] for c in self.splits.values() for k in COUNTS]
                 if self.dtype.kind != "u" or not all(c is None or type(c) is int and c >= 0 for c in counts):
                     raise ValueError("impossible values")
-                if KNOWN_SIZES.get(self.tokenizer_spec, self.vocab_size) != self.vocab_size:
+                if vocab_size_of(self.tokenizer_spec) not in (0, self.vocab_size):
                     raise ValueError(f"{self.tokenizer_spec} has not {self.vocab_size} ids")
                 for c in self.splits.values():
                     for k, column in c.get("per_document", {}).items():
@@ -412,13 +416,21 @@ class Dataset:
                 ) from None
         else:
             self.tokenizer_spec = nanogpt_tokenizer(name, root=root)
-            self.vocab_size = 50257 if self.tokenizer_spec == "gpt2" else len(self.tokenizer_spec) - len("char:")
+            self.vocab_size = vocab_size_of(self.tokenizer_spec)
             self.dtype = np.dtype("<u2")
             self.splits = {split: dict.fromkeys((*COUNTS, "sha256")) for split in self.paths}
 
     @property
     def eot(self):
         return {"gpt2": Gpt2Tokenizer.eot, "bytes": BytesTokenizer.eot}.get(self.tokenizer_spec, -1)
+
+    def check_tokenizer(self, opened):
+        """Raise DataError unless the tokenizer of an opened model is the one that made this."""
+        if (spec := model_tokenizer(opened)) != self.tokenizer_spec:
+            raise DataError(
+                f"{opened.name} has the tokenizer {spec[:40]!r}, {self.folder} was made with "
+                f"{self.tokenizer_spec[:40]!r}; take or prepare data with the model's"
+            )
 
     def tokens(self, split):
         """The ids of a split as they lie in the file, end-of-texts included: a read-only memory map."""

@@ -209,12 +209,7 @@ def main():
     if not name:
         raise config.UserError(f"{opened.name} does not say what it was trained on; --dataset=NAME")
     dataset = data.Dataset(name)
-    spec = opened.tokenizer or data.nanogpt_tokenizer(opened.dataset, opened.model.config.vocab_size)
-    if spec != dataset.tokenizer_spec:
-        raise config.UserError(
-            f"{opened.name} has the tokenizer {spec[:40]!r}, data/{name} was made with "
-            f"{dataset.tokenizer_spec[:40]!r}; take a dataset with the model's"
-        )
+    dataset.check_tokenizer(opened)
     split = s.split or ("test" if "test" in dataset.paths else "val")
     T = s.block_size or model.config.block_size
     if T > model.config.block_size:
@@ -245,7 +240,9 @@ def main():
     rate = sum(r["tokens_scored"] for r in report["results"]) / (time.perf_counter() - began)
 
     print(f"\n{name}, {split} split, {opened.name}\n")
-    is_wikitext = spec == "gpt2" and {k: dataset.splits[split][k] for k in WIKITEXT_TEST} == WIKITEXT_TEST
+    is_wikitext = (
+        dataset.tokenizer_spec == "gpt2" and {k: dataset.splits[split][k] for k in WIKITEXT_TEST} == WIKITEXT_TEST
+    )
     print(table(report["results"], opened.name, PUBLISHED if is_wikitext else ()))
     print()
     for protocol in texts:

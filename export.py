@@ -75,9 +75,7 @@ def tokenizer_files(tok):
 def find_tokenizer(opened):
     """The model's tokenizer, or None and a line that says why it is not known."""
     try:
-        return data.tokenizer(
-            opened.tokenizer or data.nanogpt_tokenizer(opened.dataset, opened.model.config.vocab_size)
-        )
+        return data.tokenizer(data.model_tokenizer(opened))
     except data.DataError as error:
         print(f"without tokenizer files: {error}")
         return None

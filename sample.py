@@ -74,12 +74,8 @@ def main():
     text = read_prompt(s.start)
     rt = runtime.choose(s.device, s.dtype, compile=False)
     opened = checkpoint.open_run(s.out_dir, s.init_from)
-    tok = data.tokenizer(opened.tokenizer or data.nanogpt_tokenizer(opened.dataset, opened.model.config.vocab_size))
+    tok = data.tokenizer(data.model_tokenizer(opened))
     model = opened.model.to(rt.device).eval()
-    if tok.vocab_size > model.config.vocab_size:
-        raise checkpoint.CheckpointError(
-            f"{opened.name} has {model.config.vocab_size:,} ids, its tokenizer {tok.vocab_size:,}: they don't belong"
-        )
     packs = rt.device.type == "cpu" and torch.backends.mkldnn.is_available()
     packs = packs and (rt.dtype == torch.float32 or s.num_samples == 1)
     c = model.config

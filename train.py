@@ -417,12 +417,7 @@ def train(s, writer):
     else:
         opened = checkpoint.open_model(s.init_from)
         model = opened.model
-        spec = opened.tokenizer or data.nanogpt_tokenizer(opened.dataset, model.config.vocab_size)
-        if spec != dataset.tokenizer_spec:
-            raise config.UserError(
-                f"{s.init_from} has the tokenizer {spec[:40]!r}, data/{s.dataset} was made with "
-                f"{dataset.tokenizer_spec[:40]!r}; prepare the data with the model's"
-            )
+        dataset.check_tokenizer(opened)
         if s.block_size > (positions := model.config.block_size):
             raise config.UserError(f"{s.init_from} has {positions:,} positions; --block_size={positions} or less")
         if s.block_size < positions:

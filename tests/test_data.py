@@ -17,6 +17,7 @@ import time
 import tracemalloc
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -605,7 +606,19 @@ def test_a_nanogpt_folder_with_a_meta_pkl_holds_characters(cwd):
     assert dataset.verify("train")
     assert data.nanogpt_tokenizer("n") == dataset.tokenizer_spec
     assert data.nanogpt_tokenizer("other") == data.nanogpt_tokenizer("") == "gpt2"
-    assert "meta.pkl" in refusal(data.nanogpt_tokenizer, "other", len(stoi))  # too few ids to be GPT-2's
+
+
+@pytest.mark.parametrize(("dataset", "ids"), [("n", 3), ("n", 2), ("other", 50257), ("other", 50304), ("other", 50256)])
+def test_a_model_has_its_tokenizers_ids_or_more(cwd, dataset, ids):
+    """nanoGPT's checkpoints do not name a tokenizer: it is their dataset's, else GPT-2's of 50,257 ids."""
+    write_meta_pkl(Path("data/n"), "abc")
+    opened = SimpleNamespace(
+        name="m", tokenizer="", dataset=dataset, model=SimpleNamespace(config=SimpleNamespace(vocab_size=ids))
+    )
+    if ids in (2, 50256):
+        assert f"put its training's meta.pkl into data/{dataset}" in refusal(data.model_tokenizer, opened)
+    else:
+        assert data.model_tokenizer(opened) == ("char:abc" if dataset == "n" else "gpt2")
 
 
 def test_a_missing_dataset_is_named_beside_those_there_are(cwd):

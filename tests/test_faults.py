@@ -287,7 +287,7 @@ REFUSED = {
     "too many epochs": (None, ["train", *NEW, "--max_epochs=1e308"], "take less"),
     "weights that are not finite": (scales(math.nan), ["sample"], "not finite"),
     "weights that have diverged": (scales(3e38), ["sample", "--temperature=0"], "not finite"),
-    "a tokenizer of another size": (ckpt_of("best.pt", tokenizer="gpt2"), ["sample"], "they don't belong"),
+    "a tokenizer of another size": (ckpt_of("best.pt", tokenizer="gpt2"), ["sample"], "its tokenizer 'gpt2' 50,257"),
     "a stride of documents": (None, ["eval", "--protocol=documents", "--stride=8"], "is for --protocol=stream"),
     "no run": (None, ["sample", "--out_dir=out/none"], "no checkpoint in out/none"),
     "a prompt that is not UTF-8": (None, ["sample", b"--start=\xff\xfe"], "not UTF-8 at byte 0"),
@@ -301,7 +301,7 @@ REFUSED = {
     # evaluation
     "a stride that leaves out tokens": (None, ["eval", "--stride=17"], "take less"),
     "more positions than there are": (None, ["eval", "--block_size=17"], "take less"),
-    "another dataset's tokenizer": (None, ["eval", "--dataset=words"], "take a dataset with the model's"),
+    "another dataset's tokenizer": (None, ["eval", "--dataset=words"], "take or prepare data with the model's"),
     "no such split": (None, ["eval", "--split=valid"], "one of"),
     # preparing
     "no files": (None, ["prepare_text", "--dataset=x"], "name the files"),
