@@ -41,9 +41,9 @@ def test_a_script_that_fails_ends_it_with_its_own_last_line(tmp_path):
 
 
 def test_the_shortest_of_several_runs_counts():
-    pauses = iter([0.2, 0.05] + [0.1] * 9)
+    pauses = iter([0.3, 0.05] + [0.3] * 9)
     found = bench.best_seconds(lambda: time.sleep(next(pauses)), torch.device("cpu"), seconds=0.4)
-    assert 0.05 <= found < 0.08
+    assert 0.05 <= found < 0.25
 
 
 def test_the_limits_are_operations_and_bytes_over_seconds(monkeypatch):
@@ -93,10 +93,18 @@ def test_a_mistake_is_refused_before_anything_runs(monkeypatch, capsys, args):
 def test_sampling_and_what_it_stands_on(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench, "matmul_rate", lambda *a: 1e12)
     monkeypatch.setattr(bench, "bandwidth", lambda *a: 1e10)
+    said, run = [], bench.run
+
+    def listen(*args, **kwargs):
+        lines, memory = run(*args, **kwargs)
+        said.append(lines[-1][1])
+        return lines, memory
+
+    monkeypatch.setattr(bench, "run", listen)
     (tmp_path / "text.txt").write_text("Some words, and some others.\n" * 400)
     call(monkeypatch, *SMALL, "--jobs=sample", f"--text={tmp_path}/*.txt", f"--json={tmp_path}/found.json")
     found = json.loads((tmp_path / "found.json").read_text())["results"]
-    assert list(found) == ["sample"] and found["sample"]["tokens_per_sec"] > 10
+    assert list(found) == ["sample"] and said[-1].endswith(f"{found['sample']['tokens_per_sec']:,.1f} tokens/s")
     weights = 50257 * 16 + 12 * 16 * 16 + 13 * 16 + 2 * 16  # without positions
     assert found["sample"]["limit"] == pytest.approx(1e10 / (4 * weights), rel=0.01)
     assert f"{found['sample']['limit']:,.0f}" in capsys.readouterr().out.splitlines()[-1]
