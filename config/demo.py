@@ -11,7 +11,7 @@ block_size = 128
 batch_size = 16
 gradient_accumulation_steps = 1
 
-# records/: what AdamW needs 1,000 steps for, Muon does in 450, at a higher rate; so few steps want a short momentum.
+# records/: at 1.8 M parameters on books Muon took 0.45 of AdamW's steps, at a higher rate and with a shorter momentum.
 optimizer = "muon"
 momentum = 0.9
 learning_rate = 8e-3
