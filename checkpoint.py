@@ -110,7 +110,7 @@ class Writer:
         while len(self.pending) > 1:  # two copies may wait: of a run, and of its best weights
             self.report()
         state = to_host(checkpoint, {}) if background else checkpoint
-        self.pending.append((self.pool.submit(save_or_error, path, state, links), written))
+        self.pending.append((self.pool.submit(save, path, state, links), written))
         self.finished(wait=not background)
 
     def in_background(self, checkpoint):
@@ -123,14 +123,9 @@ class Writer:
 
     def report(self):
         future, written = self.pending.popleft()
-        written(future.result())
-
-
-def save_or_error(path, checkpoint, links):
-    try:
-        save(path, checkpoint, links)
-    except OSError as error:
-        return error
+        if (error := future.exception()) and not isinstance(error, OSError):
+            raise error
+        written(error)
 
 
 def to_host(value, copies):
@@ -252,7 +247,7 @@ def open_model(source):
     if (
         not path.is_dir()
         and str(source) not in GPT2_NAMES
-        and (path.suffix or str(source).count("/") != 1 or path.parent.is_dir())
+        and (path.suffix == ".pt" or str(source).count("/") != 1 or path.parent.is_dir())
     ):
         raise CheckpointError(
             f"{str(source)!r} is no checkpoint, folder, {', '.join(GPT2_NAMES)} or OWNER/NAME on the hub"

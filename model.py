@@ -288,11 +288,10 @@ class GPT(nn.Module):
 
     def hidden(self, idx, cache=None, past=0):
         """Final hidden states (B, T, C) of ids (B, T), which stand at the positions from `past` on."""
-        T, T_max = past + idx.size(1), self.config.block_size
-        if T > T_max:
-            raise ValueError(f"{T} positions do not fit in block_size={T_max}")
-        positions = self.transformer.wpe.weight[past:T]  # (T, C)
-        x = self.transformer.drop(self.transformer.wte(idx) + positions)
+        end = past + idx.size(1)
+        if end > self.config.block_size:
+            raise ValueError(f"{end} positions do not fit in block_size={self.config.block_size}")
+        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe.weight[past:end])  # (B, T, C)
         for i, block in enumerate(self.transformer.h):
             if cache is not None:
                 x = block(x, cache[i], past)
@@ -363,16 +362,11 @@ class GPT(nn.Module):
 
         `muon`: the matrices of the blocks make a third group, marked for that optimizer; embeddings stay in the first.
         """
-        matrices = [p for p in self.parameters() if p.dim() >= 2]
+        inner = dict.fromkeys(p for p in self.transformer.h.parameters() if muon and p.dim() >= 2)  # a set in order
+        outer = [p for p in self.parameters() if p.dim() >= 2 and p not in inner]
         vectors = [p for p in self.parameters() if p.dim() < 2]
-        inner = {p for p in self.transformer.h.parameters() if p.dim() >= 2} if muon else set()
-        groups = [
-            {"params": [p for p in matrices if p not in inner], "weight_decay": weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
-        if muon:
-            groups.append({"params": [p for p in matrices if p in inner], "weight_decay": weight_decay, "muon": True})
-        return groups
+        groups = [{"params": outer, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        return groups + ([{"params": [*inner], "weight_decay": weight_decay, "muon": True}] if muon else [])
 
     def crop_block_size(self, block_size):
         """Keep the first `block_size` positions."""

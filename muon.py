@@ -69,18 +69,7 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_add_(ps, updates, alpha=-0.2 * max(rows, columns) ** 0.5 * group["lr"])
 
     def adamw_step(self, group, params):
-        state = {k: [self.state[p][k] for p in params] for k in ("exp_avg", "exp_avg_sq", "step")}
-        adamw(
-            params,
-            [p.grad for p in params],
-            state["exp_avg"],
-            state["exp_avg_sq"],
-            [],
-            state["step"],
-            fused=group["fused"],
-            amsgrad=False,
-            maximize=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            **{k: group[k] for k in ("lr", "weight_decay", "eps")},
-        )
+        means, squares, steps = ([self.state[p][k] for p in params] for k in ("exp_avg", "exp_avg_sq", "step"))
+        options = {k: group[k] for k in ("lr", "weight_decay", "eps", "fused")} | {"amsgrad": False, "maximize": False}
+        beta1, beta2 = group["betas"]
+        adamw(params, [p.grad for p in params], means, squares, [], steps, beta1=beta1, beta2=beta2, **options)

@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 import uuid
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -57,9 +57,7 @@ class Runtime:
     why: str  # the line for the start of the log
 
     def autocast(self):
-        if self.dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def to_device(self, *arrays):
         """int64 numpy arrays as tensors on the device; the copy to a GPU overlaps with what it computes."""
@@ -73,7 +71,9 @@ class Runtime:
         if self.device.type != "cuda" or self.dtype == torch.float32:
             return 0
         name = torch.cuda.get_device_name(self.device)
-        return next((peak for part, peak in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)), 0)
+        return next(
+            (peak for part, peak in PEAK_FLOPS.items() if re.search(rf"\b{part}\b(?! (Ti|Laptop|D|NVL)\b)", name)), 0
+        )
 
     def memory(self):
         """Bytes of the device's memory; 0 where the system does not tell."""
@@ -261,8 +261,8 @@ def lost_process_advice():
         if not (apart and torch.distributed.is_initialized()):
             raise
         reason = " ".join(str(error).split())
-        print(f"the processes have lost each other: one has ended, and says why, or {reason}", file=sys.stderr)
-        sys.stderr.flush()
+        line = f"the processes have lost each other: one has ended, and says why, or {reason}"
+        print(line, file=sys.stderr, flush=True)
         os._exit(1)  # without the clean-up that would wait for the others
 
 

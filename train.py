@@ -63,7 +63,9 @@ class Settings:
     # learning rate and length
     max_iters: int = 600_000  # steps
     max_epochs: float = 0.0  # passes over the train split, instead of max_iters; 0 is off
-    lr_schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"  # also linear, wsd: flat, then linear
+    lr_schedule: Literal["cosine", "linear", "wsd", "constant"] = (
+        "cosine"  # or linear, constant, wsd: flat, then linear
+    )
     cooldown_frac: float = 0.4  # share of the steps in which wsd goes down to min_lr, the last ones
     decay_lr: bool = True  # False is lr_schedule=constant
     warmup_iters: int = 2000  # steps of linear warm-up
@@ -160,10 +162,9 @@ def learning_rate_at(step, s, max_iters):
 
 def micro_batches(tokens, s, rt, first_sequence):
     """The micro-batches of this process from a sequence on: (index in the step, inputs, targets), on the device."""
-    for at in itertools.count():
-        for micro in range(rt.rank, s.gradient_accumulation_steps, rt.world_size):
-            sequence = first_sequence + (at * s.gradient_accumulation_steps + micro) * s.batch_size
-            yield micro, *rt.to_device(*data.batch(tokens, s.block_size, s.seed, sequence, s.batch_size))
+    for i in itertools.count(rt.rank, rt.world_size):
+        batch = data.batch(tokens, s.block_size, s.seed, first_sequence + i * s.batch_size, s.batch_size)
+        yield i % s.gradient_accumulation_steps, *rt.to_device(*batch)
 
 
 def evaluate(model, ids, s, rt):
@@ -206,7 +207,7 @@ def run_to_resume(s):
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun, after a failure
     if s.overwrite and not (restarted and last.exists() and checkpoint.load(last)["config"].get("overwrite")):
         source = Path(s.init_from).resolve()
-        if Path(s.out_dir).resolve() in (source, *source.parents):
+        if s.init_from != "scratch" and Path(s.out_dir).resolve() == (source.parent if source.is_file() else source):
             raise config.UserError(
                 f"overwrite=True would remove init_from={s.init_from} itself; take another --out_dir"
             )
@@ -281,10 +282,8 @@ def keep_rows_before(path, step):
         return
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
             rows += [line] if json.loads(line)["step"] < step else []
-        except (ValueError, KeyError, TypeError):
-            continue
     checkpoint.write_text(path, "".join(row + "\n" for row in rows))
 
 
@@ -369,11 +368,12 @@ def train(s, writer):
     sequences = s.batch_size * s.gradient_accumulation_steps  # in a step
     max_iters = math.ceil(s.max_epochs * blocks / sequences) if s.max_epochs else s.max_iters
     data_sha256 = dataset.verify("train")
-    val_ids = dataset.text_ids("val") if "val" in dataset.paths else None
-    if val_ids is not None and len(val_ids) < 2:
-        raise config.UserError(f"{dataset.folder} has a val split of {len(val_ids)} tokens; prepare it with more text")
-    if val_ids is None and (s.eval_only or s.eval_interval):
-        raise config.UserError(f"{dataset.folder} has no val split; prepare one, or train by --eval_interval=0 without")
+    if s.eval_only or s.eval_interval:
+        val_ids = dataset.text_ids("val") if "val" in dataset.paths else ()
+        if len(val_ids) < 2:
+            raise config.UserError(
+                f"{dataset.folder} has no val split of two tokens or more; prepare one, or train by --eval_interval=0"
+            )
 
     # ---- machine ----
     rt = runtime.choose(s.device, s.dtype, s.compile, training=True, deterministic=s.deterministic)
@@ -396,21 +396,23 @@ def train(s, writer):
 
     # ---- model: a run to go on with, or one to start ----
     torch.manual_seed(s.seed)
-    out, last, wandb = Path(s.out_dir), Path(s.out_dir, "ckpt.pt"), None
+    out, last = Path(s.out_dir), Path(s.out_dir, "ckpt.pt")
     found = stamp(last)
     ckpt, step, first_sequence, best_val_loss, worse, row, skipped, stale = {}, 0, 0, math.inf, 0, {}, 0, False
-    if resume_path := run_to_resume(s):
+    resume_path = run_to_resume(s)
+    gone_back = bool(resume_path) and resume_path.resolve() != last.resolve()
+    if resume_path:
         ckpt = checkpoint.load(resume_path)
         changes = check_agreement(ckpt, resume_path, s, dataset, data_sha256)
         model = checkpoint.build(ckpt, resume_path)
         step, first_sequence, best_val_loss = ckpt["iter_num"], ckpt["sequence_index"], ckpt["best_val_loss"]
         row, skipped, worse = ckpt["row"], ckpt["skipped_steps"], ckpt["worse_evaluations"]
         s.init_from = ckpt["config"]["init_from"]  # where the run's weights came from, which a resume doesn't change
-        if stale := resume_path.resolve() != last.resolve() and not holds_loss(out / "best.pt", best_val_loss):
+        if stale := gone_back and not holds_loss(out / "best.pt", best_val_loss):
             best_val_loss, worse = row.get("val_loss", math.inf), 0  # the weights of a better one are gone
         say(f"resuming {resume_path} at step {step:,}" + "".join(f"; {change}" for change in changes))
     elif s.init_from == "scratch":
-        shape = {k: getattr(s, k) for k in ("block_size", "dropout", *SHAPE)}
+        shape = {k: getattr(s, k) for k in ("block_size", *SHAPE)}
         model_config = GPTConfig(vocab_size=dataset.vocab_size, **shape)
         check_memory(model_config, s, rt)
         model = GPT(model_config)
@@ -428,7 +430,7 @@ def train(s, writer):
     def ended():
         return step == max_iters or 0 < s.patience <= worse
 
-    finished = step > max_iters or ended() and Path(s.out_dir, "final.pt").exists()
+    finished = step > max_iters or not gone_back and ended() and (out / "final.pt").exists()
     if not rt.same((step, finished)):
         raise config.UserError(f"the processes find different checkpoints in {s.out_dir}; put it on a shared disk")
     if finished and not s.eval_only:
@@ -485,13 +487,13 @@ def train(s, writer):
             raise config.UserError(f"out_dir={out} can't be written ({error.strerror}{at}); name another") from None
         same_folder = resume_path and resume_path.resolve().parent == out.resolve()
         wandb = WandB(s, ckpt["wandb_run_id"] if same_folder else "")
-    just_resumed, saved_at, failed_at, best_written = bool(ckpt), step if ckpt else -1, 0.0, best_val_loss
+    saved_at, failed_at, best_written = step if ckpt and not gone_back else -1, 0.0, best_val_loss
     del ckpt
 
     def diverged(how):
         writer.finished(wait=True)
-        last = f"the last good checkpoint stands in {out}: go on from it" if (out / "ckpt.pt").exists() else "start"
-        return config.UserError(f"the run has diverged at step {step:,}: {how}; {last} with a lower --learning_rate")
+        then = f"the last good checkpoint stands in {out}: go on from it" if last.exists() else "start"
+        return config.UserError(f"the run has diverged at step {step:,}: {how}; {then} with a lower --learning_rate")
 
     def save(name, *links):
         """Write the run, or the weights alone for best.pt and final.pt. A failure is said; it is no end by itself."""
@@ -529,7 +531,7 @@ def train(s, writer):
                     wandb.log_file(out / name)
                 return
             failure = f"{' and '.join([str(out / name), *links])} could not be written ({error.strerror or error})"
-            if not (out / "ckpt.pt").exists():
+            if not last.exists():
                 raise config.UserError(f"{failure}; make room there, or name another --out_dir")
             if name == "ckpt.pt":
                 failed_at = time.monotonic()
@@ -539,6 +541,10 @@ def train(s, writer):
             say(failure)
 
         writer.write(out / name, state, [out / link for link in links], written)
+
+    if gone_back:  # a kill from here on must not leave the later ckpt.pt
+        save("ckpt.pt")
+        writer.finished(wait=True)
 
     # ---- the loop ----
     stop, stopping = runtime.StopSignal(), False
@@ -553,7 +559,7 @@ def train(s, writer):
         evaluates = s.eval_interval and (step % s.eval_interval == 0 or step == max_iters)
         evaluates = evaluates and "val_loss" not in row and not (stopping and step < max_iters)
         if evaluates:
-            val_loss = evaluate(model, val_ids, s, rt)
+            val_loss, saved_at = evaluate(model, val_ids, s, rt), -1  # ckpt.pt does not know it yet
             row |= {"step": step, "tokens": step * sequences * s.block_size, "val_loss": val_loss}
             say(f"step {step:,} | val loss {val_loss:.4f}, perplexity {math.exp(min(val_loss, 99)):.2f}")
             if not math.isfinite(val_loss):
@@ -569,7 +575,7 @@ def train(s, writer):
             links.append(f"ckpt_epoch_{epoch}.pt")
         again = failed_at and time.monotonic() - failed_at > RETRY_SECONDS
         saves = links or again or evaluates and (better or s.always_save_checkpoint)
-        if not just_resumed and (saves or step == 0):  # the first one shows at once whether the disk takes it
+        if saved_at != step and (saves or step == 0):  # the first one shows at once whether the disk takes it
             failed_at = 0.0
             save("ckpt.pt", *links)
         if better and (step or s.init_from != "scratch"):  # what has learned nothing is no best
@@ -584,7 +590,7 @@ def train(s, writer):
             wandb.log(row)
         if ended() or stopping:
             break
-        just_resumed, row = False, {}
+        row = {}
         since += time.perf_counter() - began  # none of this is training time
 
         # -- one step
@@ -652,7 +658,7 @@ def train(s, writer):
                 raise config.UserError(f"final.pt is not written: make room in {out}, and the same command writes it")
         wandb.finish()
     if interrupted:
-        say(f"stopped by a signal after step {step:,}; the same command goes on from {out / 'ckpt.pt'}")
+        say(f"stopped by a signal after step {step:,}; the same command goes on from {last}")
         return 128 + (stop.number or signal.SIGTERM)
     if step < max_iters:
         say(f"no better validation loss than {best_val_loss:.4f} in {worse} evaluations")

@@ -200,6 +200,15 @@ def test_a_source_that_names_no_model_is_one_line(tmp_path, monkeypatch, source)
     assert "\n" not in str(error.value)
 
 
+def test_a_name_on_the_hub_may_have_a_dot(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = []
+    monkeypatch.setattr(GPT, "from_huggingface", lambda repo: asked.append(repo) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        checkpoint.open_model("user/gpt2-v1.0")
+    assert asked == ["user/gpt2-v1.0"]
+
+
 def test_background_writes_hold_what_they_were_given_in_their_order_and_report_failures(tmp_path, monkeypatch):
     save, seen = checkpoint.save, []
 

@@ -92,6 +92,11 @@ def test_each_local_process_has_a_gpu_of_its_own(monkeypatch):
         ("NVIDIA RTX A4000", 0),
         ("NVIDIA RTX A1000", 0),
         ("NVIDIA T400", 0),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H200 NVL", 0),
+        ("NVIDIA GeForce RTX 3090", 71),
+        ("NVIDIA GeForce RTX 3090 Ti", 0),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", 0),
     ],
 )
 def test_a_peak_is_known_by_the_whole_name_of_a_card_or_not_at_all(monkeypatch, name, teraflops):

@@ -306,6 +306,45 @@ def test_resume_from_goes_back_once(train):
     assert "has finished" in train(*args, *other)[1]
 
 
+def test_going_back_holds_from_its_first_moment(train, monkeypatch):
+    """A kill before the next save leaves the checkpoint gone back to, not the later one beside the earlier rows."""
+    args = "--out_dir=out/a", "--save_interval=4"
+    train(*args)
+    first = without_speed(rows("out/a"))
+    with monkeypatch.context() as patch:
+        patch.setattr(train_py.GPT, "forward", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(*args, "--resume_from=out/a/ckpt_iter_4.pt")
+    assert "ckpt.pt at step 4" in train(*args)[1]
+    assert without_speed(rows("out/a")) == first
+
+
+@pytest.mark.parametrize("out_dir", ["out/a", "out/b"])
+def test_going_back_to_where_the_command_ends(train, out_dir):
+    train("--out_dir=out/a", "--save_interval=4")
+    status, out, _ = train(f"--out_dir={out_dir}", "--resume_from=out/a/ckpt_iter_4.pt", "--max_iters=4")
+    assert status == 0 and "finished 4 steps" in out
+    assert [checkpoint.load(f"{out_dir}/{name}.pt")["iter_num"] for name in ("ckpt", "final")] == [4, 4]
+    assert "at step 4" in train(f"--out_dir={out_dir}", "--max_iters=8")[1]
+
+
+def test_an_evaluation_that_a_signal_put_off_ends_a_run_once(train, monkeypatch):
+    coming, forward, count = iter([5.0, 6.0]), train_py.GPT.forward, [0]
+
+    def call(self, x, y=None):
+        count[0] += 1
+        if count[0] == 2 * 4:  # micro-batches
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward(self, x, y)
+
+    monkeypatch.setattr(train_py, "evaluate", lambda *args: next(coming))
+    monkeypatch.setattr(train_py.GPT, "forward", call)
+    args = "--out_dir=out/a", "--eval_interval=4", "--patience=1"
+    assert train(*args)[0] == 128 + signal.SIGTERM
+    assert "no better validation loss than 5.0000 in 1 evaluations" in train(*args)[1]
+    assert "has finished at step 4" in train(*args)[1]
+
+
 def test_going_back_twice_in_a_run_that_began_from_other_weights(train):
     """Its shape is that of those weights, whatever the command's defaults are."""
     train("--out_dir=out/base", "--n_layer=1", "--max_iters=4")
@@ -382,7 +421,15 @@ def test_what_init_from_names_is_not_overwritten(train):
     for source in ("out/a", "out/a/best.pt", "out/../out/a"):
         status, _, err = train("--out_dir=out/a", f"--init_from={source}", "--overwrite=True")
         assert status == 2 and "would remove" in err
+    for out_dir, source in (("out", "out/a/best.pt"), ("scratch", "scratch")):  # nothing of the source is removed
+        assert train(f"--out_dir={out_dir}", f"--init_from={source}", "--overwrite=True", "--max_iters=1")[0] == 0
     assert Path("out/a/best.pt").exists()
+
+
+def test_a_validation_split_that_is_not_read_may_be_broken(train):
+    Path("data/tiny/val.bin").write_bytes(b"")
+    assert train("--out_dir=out/a", "--max_iters=1")[0] == 2
+    assert train("--out_dir=out/a", "--max_iters=1", "--eval_interval=0")[0] == 0
 
 
 def test_a_finished_run_keeps_its_final_weights_until_there_are_later_ones(train, monkeypatch):
