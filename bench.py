@@ -276,6 +276,8 @@ def measure(s, folder):
     why = find(r"^(device .*)", lines)
     print(why, flush=True)
     device, dtype = torch.device(find(r"device (\S+),", lines)), getattr(torch, find(r"dtype (\w+),", lines))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # the one that synchronize() waits for
     flops = number(r"([\d.e-]+) GFLOP a token", lines) * 1e9
     parameters = number(r"([\d.e-]+) M parameters", lines) * 1e6
     cold = first_step(lines)

@@ -63,14 +63,17 @@ def save(path, checkpoint, links=()):
 
 def partial_of(path):
     """Where a text is written before it takes the place of `path`: what is no file, such as /dev/stdout, is itself."""
-    return path.with_name(f"{path.name}.partial") if path.is_file() or not path.exists() else path
+    # A shell makes /dev/stdout a link to a file; the link is not to be replaced.
+    in_place = path.exists() and (not path.is_file() or path.is_relative_to("/dev"))
+    return path if in_place else path.with_name(f"{path.name}.partial")
 
 
 def write_text(path, text):
-    """Replace a text file whole; what is no file is written to. Raises OSError."""
+    """Replace a text file whole; what is no file is added to. Raises OSError."""
     partial = partial_of(path)
     try:
-        partial.write_text(text, encoding="utf-8")
+        with open(partial, "a" if partial == path else "w", encoding="utf-8") as f:
+            f.write(text)
         if partial != path:
             os.replace(partial, path)
     except OSError:

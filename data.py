@@ -27,7 +27,7 @@ ENDOFTEXT = "<|endoftext|>"
 SPLITS = ("train", "val", "test")
 TOKEN_FILES = (*SPLITS, "val_lm_eval", "test_lm_eval")  # the last two: the pages of the protocol `lm_eval`
 COUNTS = ("tokens", "documents", "words", "lines", "bytes")  # of a split, in meta.json
-PIECE = 1 << 20  # bytes of text that one call of a tokenizer gets
+PIECE = 1 << 20  # bytes read at a time; about as much text goes to a thread at once
 
 
 class DataError(ValueError):
@@ -109,17 +109,16 @@ class CharTokenizer:
         return "".join(self.chars[i] for i in ids).encode()
 
 
-KNOWN_SIZES = {t.spec: t.vocab_size for t in (Gpt2Tokenizer, BytesTokenizer)}
+TOKENIZERS = {t.spec: t for t in (Gpt2Tokenizer, BytesTokenizer)}
 
 
 def tokenizer(spec):
     """The tokenizer that a meta.json or a checkpoint names: `gpt2`, `bytes`, or `char:` and its characters."""
     if spec.startswith("char:"):
         return CharTokenizer(spec[5:])
-    kinds = {"gpt2": Gpt2Tokenizer, "bytes": BytesTokenizer}
-    if spec not in kinds:
+    if spec not in TOKENIZERS:
         raise DataError(f"tokenizer {spec[:40]!r} is unknown; there are gpt2, bytes and nanoGPT's char")
-    return kinds[spec]()
+    return TOKENIZERS[spec]()
 
 
 class PlainUnpickler(pickle.Unpickler):
@@ -144,7 +143,7 @@ def read_meta_pkl(path):
 
 def vocab_size_of(spec):
     """The number of ids of a tokenizer's spec; 0 where it is unknown."""
-    return len(spec) - len("char:") if spec.startswith("char:") else KNOWN_SIZES.get(spec, 0)
+    return len(spec) - len("char:") if spec.startswith("char:") else getattr(TOKENIZERS.get(spec), "vocab_size", 0)
 
 
 def nanogpt_tokenizer(dataset, root="data"):
@@ -254,10 +253,9 @@ def encode_into(folder, name, tok, pieces, total_bytes, threads):
 
     dtype = np.dtype("<u2") if tok.vocab_size <= 1 << 16 else np.dtype("<u4")
     files, hashes, totals, documents, queue, began = {}, {}, {}, {}, deque(), time.perf_counter()
-    with contextlib.ExitStack() as stack:
-        # None: no bar in a log file, where the line at the end tells as much
-        bar = stack.enter_context(tqdm(total=total_bytes, unit="B", unit_scale=True, desc=name, disable=None))
-        pool = stack.enter_context(ThreadPoolExecutor(threads))
+    # None: no bar in a log file, where the line at the end tells as much
+    bar = tqdm(total=total_bytes, unit="B", unit_scale=True, desc=name, disable=None)
+    with contextlib.ExitStack() as stack, bar, ThreadPoolExecutor(threads) as pool:
 
         def rate():
             done = sum(c["tokens"] for c in totals.values())
@@ -321,10 +319,9 @@ def write(name, tok, pieces, total_bytes, accept=None, root="data", threads=0):
         meta = {"tokenizer": tok.spec, "vocab_size": tok.vocab_size, "dtype": dtype.name, "splits": splits}
         if accept:
             accept(meta)
+        text = re.sub(r"\[[\s\d,]+\]", lambda m: " ".join(m[0].split()), json.dumps(meta, indent=2))  # a list a line
         with open(partial / "meta.json", "w", encoding="utf-8") as f:
-            f.write(
-                re.sub(r"\[[\s\d,]+\]", lambda m: " ".join(m[0].split()), json.dumps(meta, indent=2))
-            )  # a list a line
+            f.write(text)
             f.flush()
             os.fsync(f.fileno())
         if not folder.exists():
@@ -343,7 +340,7 @@ def write(name, tok, pieces, total_bytes, accept=None, root="data", threads=0):
 
 def summary(name, meta):
     """What a dataset holds, a line for each split."""
-    lines = [f"data/{name}: tokenizer {meta['tokenizer'].partition(':')[0]}, {meta['vocab_size']:,} ids"]
+    lines = [f"data/{name}: tokenizer {meta['tokenizer']}, {meta['vocab_size']:,} ids"]
     for split, c in meta["splits"].items():
         facts = [f"{c[k]:,} {k}" for k in COUNTS if c[k] is not None]
         lines.append(f"  {split:12s} {', '.join(facts)}")
@@ -422,7 +419,7 @@ class Dataset:
 
     @property
     def eot(self):
-        return {"gpt2": Gpt2Tokenizer.eot, "bytes": BytesTokenizer.eot}.get(self.tokenizer_spec, -1)
+        return getattr(TOKENIZERS.get(self.tokenizer_spec), "eot", -1)
 
     def check_tokenizer(self, opened):
         """Raise DataError unless the tokenizer of an opened model is the one that made this."""

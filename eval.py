@@ -83,8 +83,8 @@ def score(model, ids, windows, starts, block_size, batch_size, rt, name=""):
     The sums are taken in float64. `starts` (D,) says where documents begin.
     """
     total, nlls, scored = 0.0, np.zeros(len(starts)), np.zeros(len(starts), np.int64)
-    silent = not sys.stderr.isatty()
-    for i in tqdm(range(0, len(windows), batch_size), desc=name, unit="batch", leave=False, disable=silent):
+    # None: no bar where no person watches
+    for i in tqdm(range(0, len(windows), batch_size), desc=name, unit="batch", leave=False, disable=None):
         part = windows[i : i + batch_size]
         part += [(0, 1, 1)] * (batch_size - len(part) if rt.compile else 0)  # one shape, compiled once
         width = block_size if rt.compile else max(end - 1 - begin for begin, end, _ in part)
@@ -176,25 +176,26 @@ def evaluate(model, text, counts, protocol, block_size, stride, batch_size, rt):
 def which_protocols(wanted, dataset, split):
     """The protocols to evaluate by: the one that is wanted, or all that the dataset has text for."""
     has = {"stream": True, "documents": dataset.eot >= 0, "lm_eval": f"{split}_lm_eval" in dataset.paths}
-    if wanted == "lm_eval" and not has[wanted]:
-        raise config.UserError(lacks_lm_eval(dataset, split))
-    if not wanted and not has["lm_eval"] and dataset.name == "wikitext103" and split != "train":
-        print(lacks_lm_eval(dataset, split), file=sys.stderr)
+    if not has["lm_eval"]:
+        older = dataset.name == "wikitext103" and split != "train"  # prepared before there was lm_eval
+        lacks = f"{dataset.folder} has no {split}_lm_eval.bin for lm_eval: "
+        lacks += (
+            "remove the folder and run python prepare_wikitext103.py, which writes it now"
+            if older
+            else "that protocol is WikiText's val and test; here take stream or documents"
+        )
+        if wanted == "lm_eval":
+            raise config.UserError(lacks)
+        if older and not wanted:
+            print(lacks, file=sys.stderr)
     return [wanted] if wanted else [protocol for protocol in PROTOCOLS if has[protocol]]
-
-
-def lacks_lm_eval(dataset, split):
-    remedy = "that protocol is WikiText's val and test; here take stream or documents"
-    if dataset.name == "wikitext103" and split != "train":
-        remedy = "remove the folder and run python prepare_wikitext103.py, which writes it now"
-    return f"{dataset.folder} has no {split}_lm_eval.bin for lm_eval: {remedy}"
 
 
 def check_writable(path):
     """Raise UserError where a file cannot be written, before hours are spent on what it should hold."""
     try:
         in_place = checkpoint.partial_of(path) == path
-        (open(path, "r+b") if in_place else tempfile.TemporaryFile(dir=path.parent)).close()
+        (open(path, "ab") if in_place else tempfile.TemporaryFile(dir=path.parent)).close()
     except OSError as error:
         raise config.UserError(f"{path} can't be written ({error.strerror}); --json=PATH names another") from None
 
@@ -240,9 +241,7 @@ def main():
     rate = sum(r["tokens_scored"] for r in report["results"]) / (time.perf_counter() - began)
 
     print(f"\n{name}, {split} split, {opened.name}\n")
-    is_wikitext = (
-        dataset.tokenizer_spec == "gpt2" and {k: dataset.splits[split][k] for k in WIKITEXT_TEST} == WIKITEXT_TEST
-    )
+    is_wikitext = dataset.tokenizer_spec == "gpt2" and WIKITEXT_TEST.items() <= dataset.splits[split].items()
     print(table(report["results"], opened.name, PUBLISHED if is_wikitext else ()))
     print()
     for protocol in texts:
@@ -250,6 +249,7 @@ def main():
     print("+- is the standard error over the documents. Compare a figure within its column and its protocol only.")
     print(f"{rate:,.0f} tokens/s", file=sys.stderr)
     if path:
+        sys.stdout.flush()  # which `path` may be
         try:
             checkpoint.write_text(path, json.dumps(report, indent=2) + "\n")
         except OSError as error:

@@ -45,12 +45,11 @@ def main():
     lowest = min(loss for curves in runs.values() for curve in curves.values() for _, loss in curve)
     if 0 < s.max_loss <= lowest:
         raise config.UserError(f"max_loss={s.max_loss} cuts off everything; take more than {lowest:.4g}")
-    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
     for i, (run, curves) in enumerate(runs.items()):
         name = Path(run).resolve().name if Path(run).is_dir() else run
         for key, label, style in (
@@ -60,7 +59,7 @@ def main():
             if curves[key]:
                 axes.plot(*zip(*curves[key], strict=True), color=f"C{i}", label=f"{name}, {label}", **style)
     axes.set(xlabel="tokens", ylabel="loss (nats per token)")
-    axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter())
+    axes.xaxis.set_major_formatter(EngFormatter())
     if s.max_loss:
         axes.set_ylim(top=s.max_loss)
     axes.grid(alpha=0.3)

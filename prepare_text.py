@@ -8,6 +8,7 @@ Each file is a document, or what stands between two separators. Some documents, 
 of a single document its last lines are. Then: python train.py --dataset=NAME
 """
 
+import codecs
 import glob
 import mmap
 import os
@@ -67,8 +68,9 @@ def document_spans(path, separator):
     size = path.stat().st_size
     if not separator:
         return np.array([[0, size]])
-    spans, begin, mark = [], 0, separator.encode("utf-8", "surrogateescape")
+    spans, mark = [], separator.encode("utf-8", "surrogateescape")
     with mapped(path) as text:
+        begin = len(codecs.BOM_UTF8) if text[:3] == codecs.BOM_UTF8 else 0  # an editor's mark is no document
         while begin < size:
             found = text.find(mark, begin)
             end = found if found >= 0 else size

@@ -70,7 +70,7 @@ def open_source(source):
         found = {s: members[name] for s, name in RAW.items() if name in members}
         return {s: (m.file_size, lambda m=m: zip_rows(path, m)) for s, m in found.items()}
     if not path.is_dir():
-        raise config.UserError(f"--source={source}: there is no such folder or zip")
+        raise config.UserError(f"--source={source}: this is no folder and no whole zip")
     raw = {s: found[0] for s, name in RAW.items() if (found := sorted(path.rglob(name)))}
     if raw:
         return {s: (p.stat().st_size, lambda p=p: file_rows(p)) for s, p in raw.items()}
@@ -95,7 +95,7 @@ def one_line(source):
     """What a library says of a source that cannot be read, as one line."""
     try:
         yield
-    except (config.UserError, data.DataError, KeyboardInterrupt):
+    except (config.UserError, data.DataError):
         raise
     except Exception as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -109,7 +109,7 @@ def one_line(source):
 
 
 def open_hub():
-    """The same from the hub, through its own library, which keeps what it has downloaded and goes on from there."""
+    """The same dict from the hub, by its own library, which keeps what it has downloaded and goes on from there."""
     import datasets
     from huggingface_hub.utils import logging
 
@@ -123,7 +123,7 @@ def open_hub():
 
 def is_title(row):
     """Whether a row begins a page, by the rule of lm-evaluation-harness."""
-    row = row.rstrip("\n").replace("= = =", "===").replace("= =", "==").strip()
+    row = row.replace("= = =", "===").replace("= =", "==").strip()
     return row.startswith("= ") and row.endswith(" =")
 
 
@@ -150,16 +150,15 @@ def page_pieces(split, rows):
         if split != "train":
             harness.append(page)
     for i, page in enumerate(harness):
-        yield f"{split}_lm_eval", *harness_page(page, is_first=i == 0, is_last=i == len(harness) - 1)
+        yield f"{split}_lm_eval", *harness_page(page, is_last=i == len(harness) - 1)
 
 
 # ---- the task `wikitext`, version 2, of lm-evaluation-harness ----
 
 
-def harness_page(page, is_first, is_last):
+def harness_page(page, is_last):
     """(text, True, counts) of a page's rows: detokenized, but with the words and bytes of before."""
-    if is_first:  # which begins with its title there
-        page = page[next((i for i, row in enumerate(page) if is_title(row)), 0) :]
+    page = page[next((i for i, row in enumerate(page) if is_title(row)), 0) :]  # it begins with its title there
     raw = "".join(row or " \n" for row in page)
     raw = raw if is_last else raw.removesuffix("\n")  # lines are joined; after the last one comes an empty one
     counts = {"words": len(re.split(r"\s+", raw)), "lines": None, "bytes": len(raw.encode())}

@@ -51,7 +51,7 @@ def read_prompt(start):
         return start.encode("utf-8", "surrogateescape").decode()  # the bytes that the shell handed over
     except OSError as error:
         raise config.UserError(f"--start={start}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
+    except UnicodeError as error:
         raise config.UserError(f"the prompt is not UTF-8 at byte {error.start}; convert it") from None
 
 
@@ -87,8 +87,8 @@ def main():
         model.pack(s.num_samples, rt.dtype)
     prompt = encode_prompt(text, tok)
     print(f"{opened.name}: step {opened.iter_num:,}; {rt.why}", file=sys.stderr)
-    if len(prompt) > model.config.block_size:
-        print(f"of the prompt's {len(prompt):,} tokens the last {model.config.block_size:,} are read", file=sys.stderr)
+    if len(prompt) > c.block_size:
+        print(f"of the prompt's {len(prompt):,} tokens the last {c.block_size:,} are read", file=sys.stderr)
 
     generator = torch.Generator(rt.device).manual_seed(s.seed)
     streams = s.num_samples == 1
@@ -116,7 +116,7 @@ def main():
         print("-" * 15)
     if streams:
         print(decoder.decode(b"", final=True))
-        drawn_in_all = len(samples)
+        drawn_in_all = sum(ids[0] != tok.eot for ids in samples)
     print(f"{drawn_in_all:,} tokens, {drawn_in_all / seconds:,.1f} tokens/s", file=sys.stderr)
 
 

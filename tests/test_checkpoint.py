@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 import checkpoint
+import eval as evaluation
 from model import GPT, GPTConfig
 
 SHAPE = dict(block_size=8, vocab_size=40, n_layer=2, n_head=2, n_embd=8)
@@ -31,6 +32,23 @@ def path(tmp_path, model):
 
 def same(a, b):
     return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+@pytest.mark.skipif(not Path("/dev/fd").exists(), reason="this system has no /dev/fd")
+def test_a_text_goes_to_an_open_file_or_pipe_as_a_shell_redirects_it(tmp_path):
+    """/dev/stdout is a link to it, which stays a link; what was written before stays too."""
+    with open(tmp_path / "out", "w") as f:
+        f.write("before\n")
+        f.flush()
+        evaluation.check_writable(Path(f"/dev/fd/{f.fileno()}"))
+        checkpoint.write_text(Path(f"/dev/fd/{f.fileno()}"), "text\n")
+    assert (tmp_path / "out").read_text() == "before\ntext\n"
+    reads, writes = os.pipe()
+    with open(reads) as f:
+        evaluation.check_writable(Path(f"/dev/fd/{writes}"))
+        checkpoint.write_text(Path(f"/dev/fd/{writes}"), "text\n")
+        os.close(writes)
+        assert f.read() == "text\n"
 
 
 def test_what_is_saved_is_what_is_opened(path, model):

@@ -279,7 +279,7 @@ REFUSED = {
     "a metrics.jsonl that is a folder": (folder_at("out/a/metrics.jsonl"), ["train", *ON], "metrics.jsonl"),
     "no hub": (None, ["prepare_wikitext103"], "--source=FOLDER_OR_ZIP"),
     "no hub to start from": (None, ["train", *NEW, "--init_from=gpt2"], "gpt2 cannot be opened"),
-    "no such source": (None, ["prepare_wikitext103", "--source=x.zip"], "there is no such folder or zip"),
+    "no such source": (None, ["prepare_wikitext103", "--source=x.zip"], "no folder and no whole zip"),
     "a part of the corpus": (put("src/wiki.test.raw", "x\n"), ["prepare_wikitext103", "--source=src"], "--check=False"),
     # sampling
     "a name too long": (None, ["train", *NEW, f"--out_dir=out/{'a' * 300}"], "File name too long"),

@@ -183,6 +183,8 @@ def test_the_summary_says_what_was_made_and_how_to_train_on_it(prepare):
         "one<|end|>two\n<|end|>\nthree\n",
         "<|end|>\none\r\n<|end|>\r\ntwo<|end|><|end|>\n<|end|>three<|end|>",
         "one\n\n<|end|>\n\ntwo<|end|>three",
+        "\ufeff<|end|>one<|end|>two<|end|>three",
+        "\ufeffone<|end|>two<|end|>three",
     ],
 )
 def test_a_separator_parts_documents_and_takes_the_line_ends_around_it(prepare, content):

@@ -193,10 +193,11 @@ def test_a_character_cut_off_at_the_end_is_shown_as_such(text):
 
 @pytest.mark.parametrize("kind", [data.BytesTokenizer, data.Gpt2Tokenizer])
 @pytest.mark.parametrize("samples", [1, 2])
-def test_a_sample_stops_at_end_of_text_and_does_not_print_it(text, samples, kind):
+def test_a_sample_stops_at_end_of_text_and_neither_prints_nor_counts_it(run, samples, kind):
     says = [*kind().encode("hi there").tolist(), kind.eot, *kind().encode(" never").tolist()]
     save_run(parrot(says, vocab_size=kind.vocab_size), tokenizer=kind.spec)
-    shown = text(f"--max_new_tokens={len(says)}", f"--num_samples={samples}")
+    _, shown, err = run(f"--max_new_tokens={len(says)}", f"--num_samples={samples}")
+    assert f"\n{samples * says.index(kind.eot)} tokens, " in err
     assert shown == ("hi there\n" if samples == 1 else f"hi there\n{RULE}" * 2)
 
 
@@ -290,6 +291,11 @@ def test_a_prompt_that_is_not_utf8_is_a_mistake(mistake, start):
     save_run(random_model())
     Path("prompt.txt").write_bytes(b"caf\xe9")
     assert "not UTF-8 at byte 3" in mistake(f"--start={start}", stdin=b"caf\xe9")
+
+
+def test_a_config_file_s_prompt_that_is_no_text_is_a_mistake(mistake):
+    Path("c.py").write_text(r'start = "caf\ud83d"')
+    assert "not UTF-8 at byte 3" in mistake("c.py")
 
 
 @pytest.mark.parametrize(("path", "says"), [("nothing.txt", "No such file"), ("out", "Is a directory")])
