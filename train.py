@@ -63,9 +63,7 @@ class Settings:
     # learning rate and length
     max_iters: int = 600_000  # steps
     max_epochs: float = 0.0  # passes over the train split, instead of max_iters; 0 is off
-    lr_schedule: Literal["cosine", "linear", "wsd", "constant"] = (
-        "cosine"  # or linear, constant, wsd: flat, then linear
-    )
+    lr_schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"  # linear, constant, wsd: flat, then linear
     cooldown_frac: float = 0.4  # share of the steps in which wsd goes down to min_lr, the last ones
     decay_lr: bool = True  # False is lr_schedule=constant
     warmup_iters: int = 2000  # steps of linear warm-up
