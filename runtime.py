@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-PREPARING = timedelta(days=1)  # how long processes wait for one that prepares its data
+PREPARE_TIMEOUT = timedelta(days=1)  # how long processes wait for one that prepares its data
 GROUP_TIMEOUT = timedelta(minutes=10)  # and for one in the middle of training
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -271,7 +271,7 @@ def start_processes(rt, backend):
     if rt.world_size == 1:
         return
     try:
-        store, rank, world_size = next(torch.distributed.rendezvous("env://", timeout=PREPARING))
+        store, rank, world_size = next(torch.distributed.rendezvous("env://", timeout=PREPARE_TIMEOUT))
     except (torch.distributed.DistError, ValueError) as error:
         raise RuntimeChoiceError(f"the processes can't meet ({error}); start them by torchrun") from None
     group = torch.distributed.PrefixStore(meet(store, rank, world_size), store)
@@ -289,11 +289,11 @@ def meet(store, rank, world_size):
     if rank == 0:
         others = [f"{me}/{r}" for r in range(1, world_size)]
         store.set("meeting", me)
-        store.wait(others, PREPARING)
+        store.wait(others, PREPARE_TIMEOUT)
         store.set(f"{me}/present", " ".join(store.get(other).decode() for other in others))
         return me
     while True:
-        store.wait(["meeting"], PREPARING)
+        store.wait(["meeting"], PREPARE_TIMEOUT)
         meeting = store.get("meeting").decode()
         store.set(f"{meeting}/{rank}", me)
         if store.check([f"{meeting}/present"]) and me in store.get(f"{meeting}/present").decode().split():

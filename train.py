@@ -344,11 +344,11 @@ class WandB:
 def main():
     s = config.load(Settings)
     check(s)
-    b, steps = s.batch_size, s.gradient_accumulation_steps
+    b, accumulation = s.batch_size, s.gradient_accumulation_steps
     less = next((b // d for d in range(2, min(b, 1000) + 1) if b % d == 0), 0)
     advice = "no batch is smaller, so take a smaller block_size or model"
     if less:
-        advice = f"--batch_size={less} --gradient_accumulation_steps={steps * b // less} trains the same in less"
+        advice = f"--batch_size={less} --gradient_accumulation_steps={accumulation * b // less} trains the same in less"
     with runtime.lost_process_advice(), runtime.memory_advice(f" with batch_size={b}; {advice}"):
         with checkpoint.Writer() as writer:
             status = train(s, writer)
@@ -362,9 +362,10 @@ def train(s, writer):
     data.ensure(s.dataset)
     dataset = data.Dataset(s.dataset)
     tokens = dataset.tokens("train")
-    blocks = data.blocks_per_epoch(len(tokens), s.block_size)  # sequences in an epoch
-    sequences = s.batch_size * s.gradient_accumulation_steps  # in a step
-    max_iters = math.ceil(s.max_epochs * blocks / sequences) if s.max_epochs else s.max_iters
+    sequences_per_epoch = data.blocks_per_epoch(len(tokens), s.block_size)
+    sequences_per_step = s.batch_size * s.gradient_accumulation_steps
+    tokens_per_step = sequences_per_step * s.block_size
+    max_iters = math.ceil(s.max_epochs * sequences_per_epoch / sequences_per_step) if s.max_epochs else s.max_iters
     data_sha256 = dataset.verify("train")
     if s.eval_only or s.eval_interval:
         val_ids = dataset.text_ids("val") if "val" in dataset.paths else ()
@@ -390,7 +391,7 @@ def train(s, writer):
 
     say(rt.why)
     length = f"{max_iters:,} steps" + (f" by max_epochs={s.max_epochs:g}" if s.max_epochs else "")
-    say(f"{sequences * s.block_size:,} tokens a step, {blocks / sequences:,.1f} steps an epoch, {length}")
+    say(f"{tokens_per_step:,} tokens a step, {sequences_per_epoch / sequences_per_step:,.1f} steps an epoch, {length}")
 
     # ---- model: a run to go on with, or one to start ----
     torch.manual_seed(s.seed)
@@ -558,7 +559,7 @@ def train(s, writer):
         evaluates = evaluates and "val_loss" not in row and not (stopping and step < max_iters)
         if evaluates:
             val_loss, saved_at = evaluate(model, val_ids, s, rt), -1  # ckpt.pt does not know it yet
-            row |= {"step": step, "tokens": step * sequences * s.block_size, "val_loss": val_loss}
+            row |= {"step": step, "tokens": step * tokens_per_step, "val_loss": val_loss}
             say(f"step {step:,} | val loss {val_loss:.4f}, perplexity {math.exp(min(val_loss, 99)):.2f}")
             if not math.isfinite(val_loss):
                 raise diverged(f"the validation loss is {val_loss}")
@@ -568,7 +569,8 @@ def train(s, writer):
         better = row.get("val_loss") == best_val_loss  # the run may have been killed before best.pt was written
         if s.save_interval and step % s.save_interval == 0 and step:
             links.append(f"ckpt_iter_{step}.pt")
-        epoch, before = first_sequence // blocks, max(0, first_sequence - sequences) // blocks
+        ends = max(0, first_sequence - sequences_per_step), first_sequence  # of the last step
+        before, epoch = (sequence // sequences_per_epoch for sequence in ends)
         if s.save_epochs and epoch // s.save_epochs > before // s.save_epochs:
             links.append(f"ckpt_epoch_{epoch}.pt")
         again = failed_at and time.monotonic() - failed_at > RETRY_SECONDS
@@ -621,17 +623,17 @@ def train(s, writer):
                 raise diverged(f"{MAX_SKIPPED_IN_A_ROW} steps in a row were not finite")
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        step, first_sequence, steps_since = step + 1, first_sequence + sequences, steps_since + 1
+        step, first_sequence, steps_since = step + 1, first_sequence + sequences_per_step, steps_since + 1
 
         # -- report
         if step % s.log_interval == 0 or step == max_iters:
             seconds = (time.perf_counter() - since) / steps_since
             since, steps_since = time.perf_counter(), 0
             speeds.append(seconds)
-            speed = sequences * s.block_size / seconds
+            speed = tokens_per_step / seconds
             mfu = speed * flops / peak if peak else None
             left = int((max_iters - step) * sorted(speeds)[len(speeds) // 2])  # seconds
-            row = {"step": step, "tokens": step * sequences * s.block_size, "epoch": first_sequence / blocks}
+            row = {"step": step, "tokens": step * tokens_per_step, "epoch": first_sequence / sequences_per_epoch}
             row |= {"loss": loss, "lr": rate, "grad_norm": norm, "tokens_per_sec": speed, "mfu": mfu}
             line = f"step {step:,}/{max_iters:,} | epoch {row['epoch']:.2f} | loss {loss:.4f} | lr {rate:.2e} | "
             line += f"norm {norm:.2f} | {speed:,.0f} tokens/s | " + (f"MFU {mfu:.1%} | " if peak else "")
@@ -654,6 +656,8 @@ def train(s, writer):
             writer.finished(wait=True)
             if not (out / "final.pt").exists():
                 raise config.UserError(f"final.pt is not written: make room in {out}, and the same command writes it")
+    runtime.leave_processes()  # the others need not wait for an upload
+    if master:
         wandb.finish()
     if interrupted:
         say(f"stopped by a signal after step {step:,}; the same command goes on from {last}")
