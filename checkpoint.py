@@ -61,24 +61,30 @@ def save(path, checkpoint, links=()):
     sync_folder(path.parent)
 
 
-def partial_of(path):
-    """Where a text is written before it takes the place of `path`: what is no file, such as /dev/stdout, is itself."""
-    # A shell makes /dev/stdout a link to a file; the link is not to be replaced.
-    in_place = path.exists() and (not path.is_file() or path.is_relative_to("/dev"))
-    return path if in_place else path.with_name(f"{path.name}.partial")
+def descriptor(path):
+    """The open file that /dev/stdout, /dev/stderr or /dev/fd/N stands for, by its number; None for another path."""
+    found = re.fullmatch(r"/dev/(?:(stdout|stderr)|fd/(\d+))", str(path))
+    return found and int(found[2] or {"stdout": 1, "stderr": 2}[found[1]])
+
+
+def in_place(path):
+    """Whether a text is written to what `path` is already, such as /dev/null, and does not take its place."""
+    return descriptor(path) is not None or path.exists() and not path.is_file()
 
 
 def write_text(path, text):
-    """Replace a text file whole; what is no file is added to. Raises OSError."""
-    partial = partial_of(path)
-    try:
-        with open(partial, "a" if partial == path else "w", encoding="utf-8") as f:
+    """Replace a text file whole; write to what is no file. Raises OSError."""
+    if in_place(path):
+        number = descriptor(path)  # opened anew by its name, a file would be written from its beginning
+        with open(path if number is None else number, "w", encoding="utf-8", closefd=number is None) as f:
             f.write(text)
-        if partial != path:
-            os.replace(partial, path)
+        return
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
     except OSError:
-        if partial != path:
-            partial.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
         raise
 
 

@@ -156,8 +156,12 @@ def model_tokenizer(opened):
     """The tokenizer's spec of an opened model. Raises DataError where that has more ids than the model."""
     spec = opened.tokenizer or nanogpt_tokenizer(opened.dataset)
     if (ids := vocab_size_of(spec)) > (vocab_size := opened.model.config.vocab_size):
-        remedy = "take another" if opened.tokenizer else f"put its training's meta.pkl into data/{opened.dataset}"
-        raise DataError(f"{opened.name} has {vocab_size:,} ids, its tokenizer {spec[:40]!r} {ids:,}; {remedy}")
+        found = f"its tokenizer {spec[:40]!r} {ids:,}; take another"
+        if not opened.tokenizer:
+            found = (
+                f"and data/{opened.dataset}/meta.pkl, which names them, is missing or another; put back its training's"
+            )
+        raise DataError(f"{opened.name} has {vocab_size:,} ids, {found}")
     return spec
 
 

@@ -13,8 +13,10 @@ with the token before it, a short last one reaches back for context. All tokens 
 Each of these tokens is scored exactly once. A figure's +- is its standard error over the documents.
 """
 
+import errno
 import json
 import math
+import os
 import sys
 import tempfile
 import time
@@ -194,8 +196,12 @@ def which_protocols(wanted, dataset, split):
 def check_writable(path):
     """Raise UserError where a file cannot be written, before hours are spent on what it should hold."""
     try:
-        in_place = checkpoint.partial_of(path) == path
-        (open(path, "ab") if in_place else tempfile.TemporaryFile(dir=path.parent)).close()
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not checkpoint.in_place(path):
+            tempfile.TemporaryFile(dir=path.parent).close()
+        elif not os.access(path, os.W_OK):  # opened and closed, a pipe would end for its reader
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise config.UserError(f"{path} can't be written ({error.strerror}); --json=PATH names another") from None
 

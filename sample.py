@@ -52,7 +52,8 @@ def read_prompt(start):
     except OSError as error:
         raise config.UserError(f"--start={start}: {error.strerror}") from None
     except UnicodeError as error:
-        raise config.UserError(f"the prompt is not UTF-8 at byte {error.start}; convert it") from None
+        unit = "character" if isinstance(error, UnicodeEncodeError) else "byte"
+        raise config.UserError(f"the prompt is not UTF-8 at {unit} {error.start}; convert it") from None
 
 
 def encode_prompt(text, tok):

@@ -204,8 +204,10 @@ def run_to_resume(s):
         raise config.UserError(f"init_from=resume: there is no {last} to resume; check out_dir, or start from scratch")
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun, after a failure
     if s.overwrite and not (restarted and last.exists() and checkpoint.load(last)["config"].get("overwrite")):
-        source = Path(s.init_from).resolve()
-        if s.init_from != "scratch" and Path(s.out_dir).resolve() == (source.parent if source.is_file() else source):
+        source, out = Path(s.init_from).resolve(), Path(s.out_dir).resolve()
+        files = [path.resolve() for name in RUN_FILES for path in out.glob(name)]
+        its_run = source == out and s.init_from != "scratch" and not (out / "config.json").exists()
+        if files and (its_run or source in files):
             raise config.UserError(
                 f"overwrite=True would remove init_from={s.init_from} itself; take another --out_dir"
             )
@@ -429,6 +431,10 @@ def train(s, writer):
     def ended():
         return step == max_iters or 0 < s.patience <= worse
 
+    if gone_back and step > max_iters and not s.eval_only:
+        raise config.UserError(
+            f"{resume_path} is of step {step:,}, this command ends at {max_iters:,}; raise its length"
+        )
     finished = step > max_iters or not gone_back and ended() and (out / "final.pt").exists()
     if not rt.same((step, finished)):
         raise config.UserError(f"the processes find different checkpoints in {s.out_dir}; put it on a shared disk")
@@ -476,9 +482,6 @@ def train(s, writer):
             for pattern in [f"{name}.partial" for name in RUN_FILES] + list(RUN_FILES if not resume_path else ()):
                 for old in out.glob(pattern):
                     old.unlink()
-            if stale:  # of steps that are gone back from
-                (out / "best.pt").unlink(missing_ok=True)
-            keep_rows_before(out / "metrics.jsonl", step)
         except Timeout:
             raise config.UserError(f"another process trains in {out}; stop it, or name another --out_dir") from None
         except OSError as error:
@@ -486,7 +489,8 @@ def train(s, writer):
             raise config.UserError(f"out_dir={out} can't be written ({error.strerror}{at}); name another") from None
         same_folder = resume_path and resume_path.resolve().parent == out.resolve()
         wandb = WandB(s, ckpt["wandb_run_id"] if same_folder else "")
-    saved_at, failed_at, best_written = step if ckpt and not gone_back else -1, 0.0, best_val_loss
+    resumed_at, failed_at, best_written = step if ckpt else -1, 0.0, best_val_loss
+    saved_at = -1 if gone_back else resumed_at
     del ckpt
 
     def diverged(how):
@@ -541,9 +545,15 @@ def train(s, writer):
 
         writer.write(out / name, state, [out / link for link in links], written)
 
-    if gone_back:  # a kill from here on must not leave the later ckpt.pt
-        save("ckpt.pt")
-        writer.finished(wait=True)
+    if master:
+        if gone_back:  # which lasts from here on; without room for it nothing is undone
+            save("ckpt.pt")
+            writer.finished(wait=True)
+            if saved_at != step:
+                raise config.UserError(f"{resume_path} is not gone back to: make room in {out}, and try again")
+        if stale:  # of steps that are gone back from
+            (out / "best.pt").unlink(missing_ok=True)
+        keep_rows_before(out / "metrics.jsonl", step)
 
     # ---- the loop ----
     stop, stopping = runtime.StopSignal(), False
@@ -567,11 +577,12 @@ def train(s, writer):
             worse = 0 if val_loss < best_val_loss else worse + 1
             best_val_loss = min(best_val_loss, val_loss)
         better = row.get("val_loss") == best_val_loss  # the run may have been killed before best.pt was written
-        if s.save_interval and step % s.save_interval == 0 and step:
+        kept = step != resumed_at  # else it was kept when it was reached, as the run was then
+        if s.save_interval and step % s.save_interval == 0 and step and kept:
             links.append(f"ckpt_iter_{step}.pt")
         ends = max(0, first_sequence - sequences_per_step), first_sequence  # of the last step
         before, epoch = (sequence // sequences_per_epoch for sequence in ends)
-        if s.save_epochs and epoch // s.save_epochs > before // s.save_epochs:
+        if s.save_epochs and epoch // s.save_epochs > before // s.save_epochs and kept:
             links.append(f"ckpt_epoch_{epoch}.pt")
         again = failed_at and time.monotonic() - failed_at > RETRY_SECONDS
         saves = links or again or evaluates and (better or s.always_save_checkpoint)

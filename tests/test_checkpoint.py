@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import tempfile
 import time
 import zipfile
 from pathlib import Path
@@ -42,13 +43,31 @@ def test_a_text_goes_to_an_open_file_or_pipe_as_a_shell_redirects_it(tmp_path):
         f.flush()
         evaluation.check_writable(Path(f"/dev/fd/{f.fileno()}"))
         checkpoint.write_text(Path(f"/dev/fd/{f.fileno()}"), "text\n")
-    assert (tmp_path / "out").read_text() == "before\ntext\n"
+        f.write("after\n")
+    assert (tmp_path / "out").read_text() == "before\ntext\nafter\n"
     reads, writes = os.pipe()
     with open(reads) as f:
         evaluation.check_writable(Path(f"/dev/fd/{writes}"))
         checkpoint.write_text(Path(f"/dev/fd/{writes}"), "text\n")
         os.close(writes)
         assert f.read() == "text\n"
+
+
+@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="this system has no /dev/shm")
+def test_a_file_in_memory_is_replaced_like_any_other():
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        for text in ("first", "second"):
+            checkpoint.write_text(Path(folder, "a.json"), text)
+        assert {p.name: p.read_text() for p in Path(folder).iterdir()} == {"a.json": "second"}
+
+
+def test_whether_a_pipe_can_be_written_is_found_out_without_a_reader(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    evaluation.check_writable(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    checkpoint.write_text(tmp_path / "pipe", "text")
+    assert os.read(reader, 99) == b"text"
+    os.close(reader)
 
 
 def test_what_is_saved_is_what_is_opened(path, model):

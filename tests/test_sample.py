@@ -294,8 +294,8 @@ def test_a_prompt_that_is_not_utf8_is_a_mistake(mistake, start):
 
 
 def test_a_config_file_s_prompt_that_is_no_text_is_a_mistake(mistake):
-    Path("c.py").write_text(r'start = "caf\ud83d"')
-    assert "not UTF-8 at byte 3" in mistake("c.py")
+    Path("c.py").write_text(r'start = "ééé\ud83d"')
+    assert "not UTF-8 at character 3" in mistake("c.py")
 
 
 @pytest.mark.parametrize(("path", "says"), [("nothing.txt", "No such file"), ("out", "Is a directory")])

@@ -319,6 +319,40 @@ def test_going_back_holds_from_its_first_moment(train, monkeypatch):
     assert without_speed(rows("out/a")) == first
 
 
+@pytest.mark.parametrize("obstacle", ["a full disk", "an interrupt"])
+def test_going_back_that_fails_undoes_nothing(train, monkeypatch, obstacle):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    args = "--out_dir=out/a", "--save_interval=4", "--eval_interval=3"
+    train(*args)
+    before = {p.name: p.read_bytes() for p in Path("out/a").iterdir()}
+    assert "best.pt" in before and "metrics.jsonl" in before
+    what = (checkpoint, "save", full) if obstacle == "a full disk" else (train_py, "WandB", interrupted)
+    monkeypatch.setattr(*what)
+    status, _, err = train(*args, "--resume_from=out/a/ckpt_iter_4.pt")
+    assert (status, "is not gone back to" in err) == ((2, True) if obstacle == "a full disk" else (130, False))
+    assert {p.name: p.read_bytes() for p in Path("out/a").iterdir()} == before
+
+
+def test_going_back_leaves_the_kept_checkpoint_as_it_was(train):
+    train("--out_dir=out/a", "--save_interval=4", "--eval_interval=0")
+    before = Path("out/a/ckpt_iter_4.pt").read_bytes()
+    back = "--out_dir=out/a", "--save_interval=4", "--eval_interval=4", "--learning_rate=5e-3"
+    train(*back, "--resume_from=out/a/ckpt_iter_4.pt")
+    assert Path("out/a/ckpt_iter_4.pt").read_bytes() == before
+    assert checkpoint.load("out/a/ckpt_iter_8.pt")["config"]["learning_rate"] == 5e-3
+
+
+def test_going_back_to_what_lies_beyond_the_end_is_refused(train):
+    train("--out_dir=out/a", "--save_interval=4")
+    status, _, err = train("--out_dir=out/b", "--resume_from=out/a/ckpt_iter_8.pt", "--max_iters=4")
+    assert status == 2 and "is of step 8, this command ends at 4" in err
+
+
 @pytest.mark.parametrize("out_dir", ["out/a", "out/b"])
 def test_going_back_to_where_the_command_ends(train, out_dir):
     train("--out_dir=out/a", "--save_interval=4")
@@ -421,9 +455,14 @@ def test_what_init_from_names_is_not_overwritten(train):
     for source in ("out/a", "out/a/best.pt", "out/../out/a"):
         status, _, err = train("--out_dir=out/a", f"--init_from={source}", "--overwrite=True")
         assert status == 2 and "would remove" in err
-    for out_dir, source in (("out", "out/a/best.pt"), ("scratch", "scratch")):  # nothing of the source is removed
+    Path("out/a/mine.pt").write_bytes(Path("out/a/best.pt").read_bytes())
+    for out_dir, source in (
+        ("out", "out/a/best.pt"),
+        ("scratch", "scratch"),
+        ("out/a", "out/a/mine.pt"),
+    ):  # which stays
         assert train(f"--out_dir={out_dir}", f"--init_from={source}", "--overwrite=True", "--max_iters=1")[0] == 0
-    assert Path("out/a/best.pt").exists()
+    assert Path("out/a/mine.pt").exists()
 
 
 def test_a_validation_split_that_is_not_read_may_be_broken(train):
