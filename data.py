@@ -158,9 +158,7 @@ def model_tokenizer(opened):
     if (ids := vocab_size_of(spec)) > (vocab_size := opened.model.config.vocab_size):
         found = f"its tokenizer {spec[:40]!r} {ids:,}; take another"
         if not opened.tokenizer:
-            found = (
-                f"and data/{opened.dataset}/meta.pkl, which names them, is missing or another; put back its training's"
-            )
+            found = f"which data/{opened.dataset}/meta.pkl of its training names; put it back"
         raise DataError(f"{opened.name} has {vocab_size:,} ids, {found}")
     return spec
 

@@ -616,9 +616,7 @@ def test_a_model_has_its_tokenizers_ids_or_more(cwd, dataset, ids):
         name="m", tokenizer="", dataset=dataset, model=SimpleNamespace(config=SimpleNamespace(vocab_size=ids))
     )
     if ids in (2, 50256):
-        assert f"data/{dataset}/meta.pkl, which names them, is missing or another" in refusal(
-            data.model_tokenizer, opened
-        )
+        assert f"data/{dataset}/meta.pkl of its training names; put it back" in refusal(data.model_tokenizer, opened)
     else:
         assert data.model_tokenizer(opened) == ("char:abc" if dataset == "n" else "gpt2")
 

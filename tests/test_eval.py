@@ -459,7 +459,7 @@ def test_characters_have_no_documents(run):
     more = {c: i for i, c in enumerate([*chars, "Ω"])}
     Path("data/letters/meta.pkl").write_bytes(pickle.dumps({"itos": {i: c for c, i in more.items()}, "stoi": more}))
     status, _, err = run()
-    assert status == 2 and "data/letters/meta.pkl, which names them, is missing or another" in err.splitlines()[-1]
+    assert status == 2 and "data/letters/meta.pkl of its training names; put it back" in err.splitlines()[-1]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -183,7 +183,7 @@ def test_a_character_model_has_its_characters(exported, script):
 
 def test_a_model_whose_tokenizer_is_not_known_goes_without(exported):
     save_nanogpt_run(random_model(vocab_size=65), "letters")
-    assert "data/letters/meta.pkl, which names them, is missing or another" in exported()
+    assert "data/letters/meta.pkl of its training names; put it back" in exported()
     assert sorted(os.listdir("hf")) == ["config.json", "generation_config.json", "model.safetensors"]
     assert checkpoint.open_model("hf").model.config.vocab_size == 65
 
