@@ -5,11 +5,12 @@
     python bench.py --jobs=train --trace=trace.json                and where the time goes, for ui.perfetto.dev
     python bench.py --jobs=prepare --text='books/*.txt'
 
-The limits are measured too: training and evaluation stand beside the rate of the model's own matrix products, sampling
-beside reading the weights once for each token, preparing beside the tokenizer alone. Nothing is downloaded: the text is
-Python's standard library, the weights are as train.py draws them.
+The limits are measured too. Training and evaluation stand beside the rate of the model's own matrix products, sampling
+beside reading the weights once for each token, and preparing beside the tokenizer alone. Nothing is downloaded: the
+text is Python's standard library, and the weights are those that train.py draws.
 """
 
+import contextlib
 import glob
 import json
 import os
@@ -26,63 +27,66 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
+from lib import files, settings
+from lib.settings import UserError
 
-import config
+import torch
 
 ROOT = Path(__file__).parent.resolve()
 JOBS = ("prepare", "train", "eval", "sample")
 WARM_UP = 2  # steps of training that do not count
-WEIGHTS = "--init_from=out/final.pt"  # alone, as in best.pt
+WEIGHTS = "--init_from=out/final.pt"  # the weights alone, as best.pt has them
 
 
 @dataclass
 class Settings:
-    jobs: tuple[str, ...] = JOBS  # which of these to measure
+    jobs: tuple[str, ...] = JOBS  # what to measure: prepare, train, eval, sample
     n_layer: int = 12  # blocks
     n_head: int = 12  # attention heads
     n_embd: int = 768  # channels
     block_size: int = 1024  # tokens in a sequence
     batch_size: int = 1  # sequences in a micro-batch of training
     gradient_accumulation_steps: int = 1  # micro-batches in a step
-    recompute: bool = False  # train with activations computed again in the backward pass
-    steps: int = 5  # of training, whose median rate counts
+    recompute: bool = False  # training that computes each block again in the backward pass
+    steps: int = 5  # steps of training, whose median rate counts
     eval_tokens: int = 8192  # tokens to evaluate
-    num_samples: int = 1  # samples at once
-    max_new_tokens: int = 224  # tokens of each, after a prompt of 32
+    num_samples: int = 1  # samples that are drawn at once
+    max_new_tokens: int = 224  # tokens of each sample, after a prompt of 32
     text: str = ""  # a glob of UTF-8 files to prepare; '' is Python's standard library
-    json: str = ""  # write the figures there
-    trace: str = ""  # write a profiler's trace of three steps of training there
+    json: str = ""  # where the figures are written, - for standard output; '' is nowhere
+    trace: str = ""  # where a profiler's trace of three steps of training is written; '' is nowhere
     # machine
     device: str = "auto"  # auto, cuda, cuda:1, mps, cpu
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto, float32, bfloat16, float16
-    compile: Literal["auto", True, False] = "auto"  # of training: auto, True, False
+    compile: Literal["auto", True, False] = "auto"  # auto, True, False: torch.compile in training
 
 
 def check(s):
-    config.check(
+    settings.check(
         s,
         positive="n_layer n_head n_embd block_size batch_size gradient_accumulation_steps steps eval_tokens "
         "num_samples max_new_tokens",
         divisible="n_embd n_head",
     )
     if wrong := [job for job in s.jobs or [""] if job not in JOBS]:
-        raise config.UserError(f"jobs={wrong[0]}: the jobs are {','.join(JOBS)}")
+        raise UserError(f"jobs={wrong[0]}: the jobs are {','.join(JOBS)}")
     if s.trace and "train" not in s.jobs:
-        raise config.UserError(f"trace={s.trace} is of training; add train to --jobs")
+        raise UserError(f"trace={s.trace} is of training; add train to --jobs")
     if s.eval_tokens < 2:
-        raise config.UserError(f"eval_tokens={s.eval_tokens}: the first is only read, so take 2 or more")
+        raise UserError(f"eval_tokens={s.eval_tokens}: the first is only read, so take 2 or more")
     if s.text and not any(map(os.path.isfile, glob.glob(s.text, recursive=True))):
-        raise config.UserError(f"text={s.text} names no files; write a glob, such as 'books/*.txt'")
-    for path in filter(None, (s.json, s.trace)):
-        open(path, "a").close()  # better now than after all the measuring
+        raise UserError(f"text={s.text} names no files; write a glob, such as 'books/*.txt'")
+    if s.json:
+        files.check_json(s.json)
+    if s.trace:
+        files.check_json(s.trace, "trace")
 
 
 # ---- processes ----
 
 
 class Watch:
-    """The most of the GPUs' memory in use meanwhile, beyond what was before: .peak in bytes, 0 without a GPU."""
+    """Follows the GPUs' memory in a `with`: .peak is the most beyond what was used before, in bytes; 0 with no GPU."""
 
     def __enter__(self):
         self.peak, self.done, self.before = 0, threading.Event(), self.used()
@@ -103,7 +107,7 @@ class Watch:
         self.thread.join()
 
 
-# Between bench.py and a script, since the system reckons a process's peak from that of the one that started it.
+# This runs between bench.py and a script. The system counts a process's peak from that of the process that started it.
 LAUNCH = """
 import resource, subprocess, sys
 status = subprocess.call([sys.executable, *sys.argv[1:]])
@@ -113,7 +117,7 @@ sys.exit(status)
 
 
 def run(folder, *command, env=None):
-    """Run Python with these arguments: [(seconds since its start, line)] of its output, and the memory it took."""
+    """Run Python with these arguments: [(seconds since its start, line)] of its output, and the memory that it took."""
     began, lines = time.perf_counter(), []
     with Watch() as watch:
         process = subprocess.Popen(
@@ -130,13 +134,13 @@ def run(folder, *command, env=None):
             for line in process.stdout:
                 lines.append((time.perf_counter() - began, line.rstrip()))
             process.wait()
-        except BaseException:  # an interrupt, which ends the script too
+        except BaseException:  # An interrupt ends the script too.
             os.killpg(process.pid, signal.SIGKILL)
             raise
     _, peak = lines.pop()
     if process.returncode:
         script = next((Path(word).name for word in map(str, command) if word.endswith(".py")), "python")
-        raise config.UserError(f"{script} failed: {lines[-1][1] if lines else 'without a word'}")
+        raise UserError(f"{script} failed: {lines[-1][1] if lines else 'without a word'}")
     unit = 1 if sys.platform == "darwin" else 1024
     return lines, {"peak_memory": int(peak) * unit, "peak_gpu_memory": watch.peak}
 
@@ -159,7 +163,7 @@ def first_step(lines):
 
 
 def best_seconds(work, device, seconds=2.0):
-    """The shortest run of work(), of those that fit into the time."""
+    """Seconds of the shortest run of work(), of those that fit into the time."""
     best, until = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < until:
         began = time.perf_counter()
@@ -171,7 +175,7 @@ def best_seconds(work, device, seconds=2.0):
 
 def matmul_rate(s, device, dtype, training):
     """FLOP/s of the largest product of a block: a micro-batch's (N, C) by the MLP's (C, 4 C)."""
-    torch.backends.cuda.matmul.allow_tf32 = training  # as the scripts have it
+    torch.backends.cuda.matmul.allow_tf32 = training  # The scripts have it so.
     N, C = s.batch_size * s.block_size, s.n_embd
     x, w = (torch.randn(shape, device=device, dtype=dtype) for shape in ((N, C), (C, 4 * C)))
     return 8 * N * C * C / best_seconds(lambda: x @ w, device)
@@ -184,8 +188,9 @@ def bandwidth(device):
 
 
 TOKENIZER_ALONE = """
-import glob, os, sys, time, data
-tok = data.tokenizer("gpt2").tiktoken
+import glob, os, sys, time
+from lib import tokenizer
+tok = tokenizer.load("gpt2").tiktoken
 texts = [open(p, encoding="utf-8").read() for p in sorted(glob.glob(sys.argv[1], recursive=True)) if os.path.isfile(p)]
 began = time.perf_counter()
 ids = tok.encode_ordinary_batch(texts, num_threads=os.cpu_count())
@@ -219,7 +224,7 @@ print(found.table(sort_by=f"self_{by}_time_total", row_limit=15, max_name_column
 """
 
 
-# ---- jobs. tokens_per_sec is what a script said, limit what the hardware would allow; memory in bytes ----
+# ---- jobs: tokens_per_sec is what a script said, limit what the hardware would allow; memory is in bytes ----
 
 
 def training(s, machine):
@@ -230,31 +235,31 @@ def training(s, machine):
 
 
 def evaluation(s, folder, machine):
-    part = folder / "data/part"  # token ids with no meta.json are GPT-2's
+    part = folder / "data/part"  # Token ids without a meta.json are GPT-2's.
     part.mkdir()
     with open(folder / "data/bench/val.bin", "rb") as f:
         ids = f.read(2 * s.eval_tokens)
     if len(ids) < 2 * s.eval_tokens:
-        raise config.UserError(f"eval_tokens={s.eval_tokens}: the text has {len(ids) // 2:,} for it; take fewer")
+        raise UserError(f"eval_tokens={s.eval_tokens}: the text has {len(ids) // 2:,} for it; take fewer")
     (part / "val.bin").write_bytes(ids)
     lines, memory = run(folder, ROOT / "eval.py", WEIGHTS, "--dataset=part", "--protocol=stream", *machine)
     return {"tokens_per_sec": number(r"^([\d,]+) tokens/s", lines)} | memory
 
 
 def sampling(s, folder, machine):
-    prompt = "--start=" + 32 * " the"  # a token each
+    prompt = "--start=" + 32 * " the"  # one token each
     lengths = [f"--num_samples={s.num_samples}", f"--max_new_tokens={s.max_new_tokens}"]
     lines, memory = run(folder, ROOT / "sample.py", WEIGHTS, prompt, *lengths, *machine)
     return {"tokens_per_sec": number(r"tokens, ([\d.,]+) tokens/s", lines)} | memory
 
 
 def training_rate(rows):
-    """Tokens/s of the median step, the first ones left out, from the rows of metrics.jsonl."""
+    """Tokens/s of the median step from the rows of metrics.jsonl, without the first steps."""
     return statistics.median(row["tokens_per_sec"] for row in rows if row["step"] > WARM_UP)
 
 
 def measure(s, folder):
-    """{job: its figures}, of the jobs in s.jobs, worked through in a folder of their own."""
+    """{job: its figures} of the jobs in s.jobs, which are done in this folder."""
     text = os.path.abspath(s.text) if s.text else str(Path(sysconfig.get_path("stdlib"), "*.py"))
     machine, found = [f"--device={s.device}", f"--dtype={s.dtype}"], {}
 
@@ -270,19 +275,20 @@ def measure(s, folder):
     if set(s.jobs) == {"prepare"}:
         return found
 
-    # The first run is cold and leaves the weights; the second finds what the first has compiled, and is measured.
+    # The first run is cold, and leaves the weights. The second finds what the first has compiled, and is measured.
     cache = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "compiled")}
     lines, _ = run(folder, *training(s, machine), "--max_iters=1", env=cache)
     why = find(r"^(device .*)", lines)
     print(why, flush=True)
     device, dtype = torch.device(find(r"device (\S+),", lines)), getattr(torch, find(r"dtype (\w+),", lines))
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # the one that synchronize() waits for
+        torch.cuda.set_device(device)  # synchronize() waits for this one.
     flops = number(r"([\d.e-]+) GFLOP a token", lines) * 1e9
     parameters = number(r"([\d.e-]+) M parameters", lines) * 1e6
     cold = first_step(lines)
 
-    def products(operations, training):  # so many to a token
+    def products(operations, training):
+        """The limit of a job with so many operations a token."""
         rate = matmul_rate(s, device, dtype, training)
         return {"limit": rate / operations, "limit_is": f"products at {rate / 1e12:.3g} TFLOP/s"}
 
@@ -297,7 +303,7 @@ def measure(s, folder):
         lines, _ = run(folder, *command, env=cache | {"PYTHONPATH": str(ROOT)})
         begin = next(i for i, (_, line) in enumerate(lines) if line == "where the time goes:")
         print("\n".join(line for _, line in lines[begin:]))
-    if "eval" in s.jobs:  # the forward pass is a third of the arithmetic
+    if "eval" in s.jobs:  # The forward pass is a third of the arithmetic of training.
         done("eval", evaluation(s, folder, machine) | products(flops / 3, training=False))
     if "sample" in s.jobs:
         rate = bandwidth(device)
@@ -319,16 +325,17 @@ def table(found):
 
 
 def main():
-    s = config.load(Settings)
+    s = settings.load(Settings)
     check(s)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and leave nothing behind
-    with tempfile.TemporaryDirectory(prefix="bench") as folder:
-        found = measure(s, Path(folder))
-    print(f"\n{table(found)}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # An orderly end leaves nothing behind.
+    # With --json=- the report has standard output for itself.
+    with contextlib.redirect_stdout(sys.stderr if s.json == "-" else sys.stdout):
+        with tempfile.TemporaryDirectory(prefix="bench") as folder:
+            found = measure(s, Path(folder))
+        print(f"\n{table(found)}", flush=True)
     if s.json:
-        report = {"torch": torch.__version__, "settings": asdict(s), "results": found}
-        Path(s.json).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        files.write_json(s.json, {"torch": torch.__version__, "settings": asdict(s), "results": found})
 
 
 if __name__ == "__main__":
-    config.run(main)
+    settings.run(main)

@@ -4,33 +4,27 @@
     python eval.py config/books.py --split=val --protocol=documents
     python eval.py --init_from=gpt2 --dataset=wikitext103 --stride=512
 
-`stream`: all tokens of the split in one row, without end-of-texts, cut into windows. stride 0 (or block_size): disjoint
-windows of block_size predictions. 0 < stride < block_size: windows of block_size tokens, each stride further than the
-one before; in each only what no window scored before is scored. All tokens but the first are scored.
-`documents`: each document by itself, after one end-of-text, in windows of block_size predictions; a later window begins
-with the token before it, a short last one reaches back for context. All tokens are scored.
-`lm_eval`: the same over WikiText's pages as lm-evaluation-harness's task `wikitext` detokenizes them.
-Each of these tokens is scored exactly once. A figure's +- is its standard error over the documents.
+`stream`: all tokens of the split in one row, without end-of-texts, cut into windows. With stride 0 (or block_size) the
+windows are disjoint and have block_size predictions each. With 0 < stride < block_size they have block_size tokens,
+each window begins `stride` after the one before, and only what no window scored before is scored. All tokens but the
+first are scored.
+`documents`: each document by itself, after one end-of-text, in windows of block_size predictions. A later window begins
+with the token before it. A short last window reaches back for context. All tokens are scored.
+`lm_eval`: the same over WikiText's pages, as lm-evaluation-harness's task `wikitext` detokenizes them.
+Each of these tokens is scored exactly once. The +- of a figure is its standard error over the documents.
 """
 
-import errno
-import json
 import math
-import os
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
+
+from lib import checkpoint, data, files, runtime, settings
+from lib.settings import UserError
 
 import numpy as np
 from tqdm import tqdm
-
-import checkpoint
-import config
-import data
-import runtime
 
 PROTOCOLS = ("stream", "documents", "lm_eval")
 
@@ -38,14 +32,14 @@ PROTOCOLS = ("stream", "documents", "lm_eval")
 @dataclass
 class Settings:
     out_dir: str = ""  # the run to evaluate; '' is the newest under out/
-    init_from: str = ""  # instead of a run: a checkpoint, gpt2*, a Hugging Face folder
-    dataset: str = ""  # '' is the one that the model was trained on
+    init_from: str = ""  # a model instead of a run: a checkpoint, gpt2*, a Hugging Face folder; '' is the run
+    dataset: str = ""  # a folder under data/; '' is the one that the model was trained on
     split: Literal["", "train", "val", "test"] = ""  # train, val, test; '' is test where there is one, else val
     protocol: Literal["", "stream", "documents", "lm_eval"] = ""  # stream, documents, lm_eval; '' is all that apply
     block_size: int = 0  # tokens in a window; 0 is the model's own
-    stride: int = 0  # of stream: tokens from a window to the next; 0 is block_size
-    batch_size: int = 0  # windows at once; 0 is 8 on a GPU, and 1 on a CPU, whose cache more do not fit
-    json: str = ""  # where the figures are written; '' is eval_SPLIT.json beside the checkpoint
+    stride: int = 0  # tokens from a window of `stream` to the next one; 0 is block_size
+    batch_size: int = 0  # windows at once; 0 is 8 on a GPU, and on a CPU 1, since its cache holds no more
+    json: str = ""  # where the figures are written, - for standard output; '' is eval_SPLIT.json beside the checkpoint
     # machine
     device: str = "auto"  # auto, cuda, cuda:1, mps, cpu
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto, float32, bfloat16, float16
@@ -55,10 +49,10 @@ class Settings:
 def read(dataset, split, protocol, block_size, stride):
     """(ids, the windows over them, where each document begins among them) of a protocol.
 
-    Raises DataError where the text is not there or not whole, UserError where there is nothing to score.
+    Raises UserError where the text is not there or not whole, or where there is nothing to score.
     """
     if protocol == "stream":
-        if dataset.eot < 0:  # nothing says where documents begin
+        if dataset.eot < 0:  # Nothing says where documents begin.
             ids, starts = dataset.text_ids(split), np.zeros(1, np.int64)
         else:
             ids = dataset.document_ids(split)
@@ -69,9 +63,11 @@ def read(dataset, split, protocol, block_size, stride):
         ids = dataset.document_ids(token_file(split, protocol))
         starts = np.flatnonzero(ids == dataset.eot)
         windows = data.document_windows(ids, dataset.eot, block_size)
-        windows.sort(key=lambda window: window[0] - window[1])  # the longest first, with others as long
+        windows.sort(
+            key=lambda window: window[0] - window[1]
+        )  # The longest come first, so that those in a batch are alike.
     if not windows:
-        raise config.UserError(f"{dataset.folder} has too few tokens in {split}; there is nothing to score")
+        raise UserError(f"{dataset.folder} has too few tokens in {split}; there is nothing to score")
     return ids, windows, starts
 
 
@@ -85,10 +81,11 @@ def score(model, ids, windows, starts, block_size, batch_size, rt, name=""):
     The sums are taken in float64. `starts` (D,) says where documents begin.
     """
     total, nlls, scored = 0.0, np.zeros(len(starts)), np.zeros(len(starts), np.int64)
-    # None: no bar where no person watches
+    # disable=None: no bar where no person watches.
     for i in tqdm(range(0, len(windows), batch_size), desc=name, unit="batch", leave=False, disable=None):
         part = windows[i : i + batch_size]
-        part += [(0, 1, 1)] * (batch_size - len(part) if rt.compile else 0)  # one shape, compiled once
+        # A compiled model wants one shape: windows of nothing fill the last batch.
+        part += [(0, 1, 1)] * (batch_size - len(part) if rt.compile else 0)
         width = block_size if rt.compile else max(end - 1 - begin for begin, end, _ in part)
         with rt.autocast():
             nll = model.nll(*rt.to_device(*data.window_batch(ids, part, width))).cpu().double()
@@ -106,7 +103,7 @@ def score(model, ids, windows, starts, block_size, batch_size, rt, name=""):
 def units(protocol, counts, scored):
     """What each figure is per: {figure: number, None where not known}, or arrays (D,) of the documents'."""
     words, lines = counts.get("words"), counts.get("lines")
-    if protocol == "stream":  # where a line's end is a word, as in the vocabularies of the word-level papers
+    if protocol == "stream":  # A line's end is a word there, as in the vocabularies of the word-level papers.
         words = None if words is None or lines is None else words + lines
     return {
         "token_ppl": scored,
@@ -127,9 +124,10 @@ def figures(nll, per):
 def standard_errors(found, nlls, per):
     """The standard error of each of the figures `found`, from the nats nlls (D,) and the units (D,) of documents.
 
-    A figure is a function of the ratio R = sum(nll) / sum(units). Documents being drawn independently, the error of R
-    is sqrt(D / (D - 1) * sum((nll_d - R units_d)^2)) / sum(units) (Cochran 1977, 6.4), that of exp(R) by the delta
-    method exp(R) times that. None where there are not two documents, or not their counts, or it is beyond a float64.
+    A figure is a function of the ratio R = sum(nll) / sum(units). If the documents are drawn independently, the error
+    of R is sqrt(D / (D - 1) * sum((nll_d - R units_d)^2)) / sum(units) (Cochran 1977, 6.4). By the delta method that of
+    exp(R) is exp(R) times as much. An error is None where there are not two documents, where their counts are not
+    known, or where it is beyond a float64.
     """
     errors, D = {}, len(nlls)
     for figure, value in found.items():
@@ -150,14 +148,14 @@ def exp(x):
 
 
 def evaluate(model, text, counts, protocol, block_size, stride, batch_size, rt):
-    """One entry of the report's results, of what read() gives and the counts in meta.json.
+    """One entry of the report's results, from what read() gives and the counts in meta.json.
 
     Raises UserError where the loss is not finite.
     """
     ids, windows, starts = text
     nll, nlls, each = score(model, ids, windows, starts, block_size, batch_size, rt, protocol)
     if not math.isfinite(nll):
-        raise config.UserError("the model gives no finite loss on this text; its weights have diverged")
+        raise UserError("the model gives no finite loss on this text; its weights have diverged")
     scored, expected = int(each.sum()), len(ids) - (1 if protocol == "stream" else len(starts))
     assert scored == expected, f"{scored} tokens scored of {expected}"
     found = figures(nll, units(protocol, counts, scored))
@@ -171,7 +169,7 @@ def evaluate(model, text, counts, protocol, block_size, stride, batch_size, rt):
         **found,
         "documents": len(starts),
         "standard_error": standard_errors(found, nlls, units(protocol, columns, each)),
-        "document_nll": nlls.tolist(),  # two models on the same documents are best compared by these
+        "document_nll": nlls.tolist(),  # for the comparison of two models on the same documents
     }
 
 
@@ -179,7 +177,7 @@ def which_protocols(wanted, dataset, split):
     """The protocols to evaluate by: the one that is wanted, or all that the dataset has text for."""
     has = {"stream": True, "documents": dataset.eot >= 0, "lm_eval": f"{split}_lm_eval" in dataset.paths}
     if not has["lm_eval"]:
-        older = dataset.name == "wikitext103" and split != "train"  # prepared before there was lm_eval
+        older = dataset.name == "wikitext103" and split != "train"  # prepared before there was this protocol
         lacks = f"{dataset.folder} has no {split}_lm_eval.bin for lm_eval: "
         lacks += (
             "remove the folder and run python prepare_wikitext103.py, which writes it now"
@@ -187,57 +185,42 @@ def which_protocols(wanted, dataset, split):
             else "that protocol is WikiText's val and test; here take stream or documents"
         )
         if wanted == "lm_eval":
-            raise config.UserError(lacks)
+            raise UserError(lacks)
         if older and not wanted:
-            print(lacks, file=sys.stderr)
+            settings.say(lacks, file=sys.stderr)
     return [wanted] if wanted else [protocol for protocol in PROTOCOLS if has[protocol]]
 
 
-def check_writable(path):
-    """Raise UserError where a file cannot be written, before hours are spent on what it should hold."""
-    try:
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        if not checkpoint.in_place(path):
-            tempfile.TemporaryFile(dir=path.parent).close()
-        elif not os.access(path, os.W_OK):  # opened and closed, a pipe would end for its reader
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except OSError as error:
-        raise config.UserError(f"{path} can't be written ({error.strerror}); --json=PATH names another") from None
-
-
 def main():
-    s = config.load(Settings, command_line_only=("init_from", "block_size", "compile"))
-    config.check(s, not_negative="batch_size block_size stride")
+    s = settings.load(Settings, command_line_only=("init_from", "block_size", "compile"))
+    settings.check(s, not_negative="batch_size block_size stride")
     rt = runtime.choose(s.device, s.dtype, s.compile)
     s.batch_size = s.batch_size or (1 if rt.device.type == "cpu" else 8)
     opened = checkpoint.open_run(s.out_dir, s.init_from)
     name, model = s.dataset or opened.dataset, opened.model.to(rt.device).eval()
     if not name:
-        raise config.UserError(f"{opened.name} does not say what it was trained on; --dataset=NAME")
+        raise UserError(f"{opened.name} does not say what it was trained on; --dataset=NAME")
     dataset = data.Dataset(name)
     dataset.check_tokenizer(opened)
     split = s.split or ("test" if "test" in dataset.paths else "val")
     T = s.block_size or model.config.block_size
     if T > model.config.block_size:
-        raise config.UserError(
-            f"block_size={T} is more than the model's {model.config.block_size} positions; take less"
-        )
+        raise UserError(f"block_size={T} is more than the model's {model.config.block_size} positions; take less")
     if s.stride > T:
-        raise config.UserError(f"stride={s.stride} is more than block_size={T} and would leave out tokens; take less")
+        raise UserError(f"stride={s.stride} is more than block_size={T} and would leave out tokens; take less")
     if 0 < s.stride == T:
         s.stride = 0
     if s.stride and s.protocol not in ("", "stream"):
-        raise config.UserError(f"stride={s.stride} is for --protocol=stream; {s.protocol} has none")
-    path = Path(s.json) if s.json else opened.path and opened.path.with_name(f"eval_{split}.json")
+        raise UserError(f"stride={s.stride} is for --protocol=stream; {s.protocol} has none")
+    path = s.json or opened.path and opened.path.with_name(f"eval_{split}.json")
     if path:
-        check_writable(path)
+        files.check_json(path)
     dataset.tokens(split)  # raises, naming the splits that there are
     texts = {p: read(dataset, split, p, T, s.stride) for p in which_protocols(s.protocol, dataset, split)}
     counts = {protocol: dataset.splits[token_file(split, protocol)] for protocol in texts}
 
     size = f"{model.num_params() / 1e6:.1f} M parameters"
-    print(f"{opened.name}: {size}, step {opened.iter_num:,}; {rt.why}", file=sys.stderr)
+    settings.say(f"{opened.name}: {size}, step {opened.iter_num:,}; {rt.why}", file=sys.stderr)
     report, began = {"model": opened.name, "dataset": name, "split": split, "results": []}, time.perf_counter()
     with runtime.memory_advice(f" with batch_size={s.batch_size}; take a smaller --batch_size"):
         if rt.compile:
@@ -246,27 +229,24 @@ def main():
             report["results"].append(evaluate(model, text, counts[protocol], protocol, T, s.stride, s.batch_size, rt))
     rate = sum(r["tokens_scored"] for r in report["results"]) / (time.perf_counter() - began)
 
-    print(f"\n{name}, {split} split, {opened.name}\n")
     is_wikitext = dataset.tokenizer_spec == "gpt2" and WIKITEXT_TEST.items() <= dataset.splits[split].items()
-    print(table(report["results"], opened.name, PUBLISHED if is_wikitext else ()))
-    print()
-    for protocol in texts:
-        print(explain(protocol, T, s.stride, counts[protocol]))
-    print("+- is the standard error over the documents. Compare a figure within its column and its protocol only.")
-    print(f"{rate:,.0f} tokens/s", file=sys.stderr)
+    lines = [f"\n{name}, {split} split, {opened.name}\n"]
+    lines += [table(report["results"], opened.name, PUBLISHED if is_wikitext else ()), ""]
+    lines += [explain(protocol, T, s.stride, counts[protocol]) for protocol in texts]
+    lines += ["+- is the standard error over the documents. Compare a figure within its column and its protocol only."]
+    settings.say("\n".join(lines), file=sys.stderr if path == "-" else sys.stdout)
+    settings.say(f"{rate:,.0f} tokens/s", file=sys.stderr)
     if path:
-        sys.stdout.flush()  # which `path` may be
-        try:
-            checkpoint.write_text(path, json.dumps(report, indent=2) + "\n")
-        except OSError as error:
-            raise config.UserError(f"{path} can't be written ({error.strerror}); --json=PATH names another") from None
-        print(f"{path} has the figures at full precision", file=sys.stderr)
+        files.write_json(path, report)
+    if path and path != "-":
+        settings.say(f"{path} has the figures at full precision", file=sys.stderr)
 
 
 # ---- what is printed ----
 
-# WikiText's test text is known by its counts; figures that others published of it with GPT-2's tokens, by protocol.
+# The counts by which WikiText's test text is known.
 WIKITEXT_TEST = {"tokens": 283_287, "words": 241_211, "lines": 4_358, "bytes": 1_287_656}
+# What others have published of it with GPT-2's tokens: protocol, source, figures.
 PUBLISHED = (
     ("stream", "Transformer, 125 M, from scratch (Hyena paper, table 4.3)", {"token_ppl": 18.6}),
     ("stream", "Hyena-3-slim, 125 M, and hybrid H3, 125 M (the same)", {"token_ppl": 18.5}),
@@ -284,7 +264,7 @@ FORMATS = {"token_ppl": ",.4f", "word_ppl": ",.4f", "byte_ppl": ",.4f", "bits_pe
 def table(results, model, published=()):
     """The figures of several protocols as lines of text; a dash is a figure that is not known.
 
-    Under a protocol's row stand published figures of the same protocol, with no window or count that was not published.
+    The published figures of a protocol stand under its row. A window or a count that was not published is a dash.
     """
     rows = [("protocol", "block", "stride", "scored", "token ppl", "word ppl", "byte ppl", "bits per byte", "model")]
     for r in results:
@@ -292,7 +272,7 @@ def table(results, model, published=()):
         shown = [cell(r[k], r["standard_error"][k], form) for k, form in FORMATS.items()]
         rows.append((r["protocol"], block, stride, f"{r['tokens_scored']:,}", *shown, model))
         for protocol, source, values in published:
-            if (protocol, r["stride"]) == (r["protocol"], 0):  # none of them is strided
+            if (protocol, r["stride"]) == (r["protocol"], 0):  # None of the published figures is strided.
                 rows.append((protocol, *"---", *(str(values.get(k, "-")) for k in FORMATS), source))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join([*map(str.rjust, row[:-1], widths), row[-1]]) for row in rows)
@@ -303,7 +283,7 @@ def cell(value, error, form):
 
 
 def explain(protocol, block_size, stride, counts):
-    """What a protocol's figures are of, as a line."""
+    """A line that says what a protocol's figures measure."""
     windows = f"windows of {block_size:,} predictions"
     what = {
         "stream": f"every token but the first scored once, disjoint {windows}; end-of-texts left out",
@@ -322,4 +302,4 @@ def explain(protocol, block_size, stride, counts):
 
 
 if __name__ == "__main__":
-    config.run(main, checkpoint.CheckpointError, data.DataError, runtime.RuntimeChoiceError)
+    settings.run(main)

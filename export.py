@@ -5,28 +5,28 @@
 
     AutoModelForCausalLM.from_pretrained("hf/mine"); AutoTokenizer.from_pretrained("hf/mine")
 
-The weights are the checkpoint's to the bit, and --init_from=hf/mine takes them back. Rows beyond the tokenizer's ids,
-which nanoGPT adds for speed, are left out; a model without biases gets biases of zero, which GPT-2 has there.
+The weights are the checkpoint's to the bit, and --init_from=hf/mine takes them back. nanoGPT adds rows beyond the
+tokenizer's ids for speed; they are left out. GPT-2 has biases, so a model without them gets biases of zero.
 """
 
 import json
 import os
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from lib import checkpoint, files, huggingface, settings, tokenizer
+from lib.settings import UserError
+
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-
-import checkpoint
-import config
-import data
 
 
 @dataclass
 class Settings:
     out_dir: str = ""  # the run to export; '' is the newest under out/
-    init_from: str = ""  # instead of a run: a checkpoint, gpt2*, a Hugging Face folder
+    init_from: str = ""  # a model instead of a run: a checkpoint, gpt2*, a Hugging Face folder; '' is the run
     hf_dir: str = ""  # the folder to write; it must not exist yet, or be empty
 
 
@@ -39,20 +39,20 @@ def byte_letters():
 
 def tokenizer_files(tok):
     """{name: text} of the files that transformers' AutoTokenizer reads, for ids equal to those of `tok`."""
-    special, files, merges = [], {}, []
+    special, contents, merges = [], {}, []
     if tok.spec == "gpt2":
-        vocab_json, merges_txt = (path.read_text(encoding="utf-8") for path in data.gpt2_files())
+        vocab_json, merges_txt = (path.read_text(encoding="utf-8") for path in tokenizer.gpt2_files())
         vocab, merges = json.loads(vocab_json), merges_txt.splitlines()[1:]
-        files = {"vocab.json": vocab_json, "merges.txt": merges_txt}
+        contents = {"vocab.json": vocab_json, "merges.txt": merges_txt}
     elif tok.spec == "bytes":
-        vocab = {letter: byte for byte, letter in enumerate(byte_letters())} | {data.ENDOFTEXT: tok.eot}
+        vocab = {letter: byte for byte, letter in enumerate(byte_letters())} | {tokenizer.ENDOFTEXT: tok.eot}
     else:
         vocab = {char: i for i, char in enumerate(tok.chars)}
     if tok.eot >= 0:
         flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
-        special = [{"id": tok.eot, "content": data.ENDOFTEXT, **flags}]
+        special = [{"id": tok.eot, "content": tokenizer.ENDOFTEXT, **flags}]
     bytelevel = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True}
-    files["tokenizer.json"] = {
+    contents["tokenizer.json"] = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
@@ -63,74 +63,85 @@ def tokenizer_files(tok):
         "decoder": bytelevel if special else {"type": "Fuse"},
         "model": {"type": "BPE", "vocab": vocab, "merges": merges, "unk_token": None, "fuse_unk": False},
     }
-    files["tokenizer_config.json"] = {
+    contents["tokenizer_config.json"] = {
         "tokenizer_class": "GPT2Tokenizer" if tok.spec == "gpt2" else "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         "add_prefix_space": False,
-        **dict.fromkeys(("bos_token", "eos_token", "pad_token") if special else (), data.ENDOFTEXT),
+        **dict.fromkeys(("bos_token", "eos_token", "pad_token") if special else (), tokenizer.ENDOFTEXT),
     }
-    return files
+    return contents
 
 
 def find_tokenizer(opened):
     """The model's tokenizer, or None and a line that says why it is not known."""
     try:
-        return data.tokenizer(data.model_tokenizer(opened))
-    except data.DataError as error:
-        print(f"without tokenizer files: {error}")
+        return tokenizer.load(tokenizer.spec_of_model(opened))
+    except UserError as error:
+        settings.say(f"without tokenizer files: {error}")
         return None
 
 
 def model_files(model, tok):
     """({name: contents} of the JSON files, state dict) of transformers' GPT2LMHeadModel."""
-    settings, state = model.to_huggingface()
+    hf_config, state = huggingface.convert(model)
     eot = tok.eot if tok and tok.eot >= 0 else None
     ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), eot)
-    if tok and tok.vocab_size < settings["vocab_size"]:
-        rows = settings["vocab_size"] - tok.vocab_size
-        print(f"left out: {rows} rows of the vocabulary that no token has")
-        settings["vocab_size"] = tok.vocab_size
+    if tok and tok.vocab_size < hf_config["vocab_size"]:
+        rows = hf_config["vocab_size"] - tok.vocab_size
+        settings.say(f"left out: {rows} rows of the vocabulary that no token has")
+        hf_config["vocab_size"] = tok.vocab_size
         state["transformer.wte.weight"] = state["transformer.wte.weight"][: tok.vocab_size].clone()
-    named = {"tokenizer_spec": tok.spec} if tok else {}  # for ourselves: which tokenizer the folder has
-    return {"config.json": settings | ids | {"dtype": "float32"} | named, "generation_config.json": ids}, state
+    named = {"tokenizer_spec": tok.spec} if tok else {}  # By this name huggingface.load finds the tokenizer again.
+    return {"config.json": hf_config | ids | {"dtype": "float32"} | named, "generation_config.json": ids}, state
 
 
-def write_folder(folder, files, state):
-    """Write files and weights so that `folder` appears when it is whole. Raises OSError, SafetensorError."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
-    partial.mkdir(parents=True)
+def write_folder(folder, contents, state):
+    """Write the files {name: text or JSON} and the weights so that `folder` appears when it is whole.
+
+    Raises OSError, SafetensorError.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
     try:
-        for name, content in files.items():
+        for name, content in contents.items():
             text = content if isinstance(content, str) else json.dumps(content, indent=2, ensure_ascii=False) + "\n"
             (partial / name).write_text(text, encoding="utf-8", newline="")
         save_file(state, partial / "model.safetensors", metadata={"format": "pt"})
         for path in partial.iterdir():
             with open(path, "rb") as f:
                 os.fsync(f.fileno())
+        os.chmod(partial, 0o777 & ~umask())  # mkdtemp gives the folder, and safetensors its file, to their owner alone.
+        os.chmod(partial / "model.safetensors", 0o666 & ~umask())
         os.replace(partial, folder)
-        checkpoint.sync_folder(folder.parent)
+        files.sync_folder(folder.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def umask():
+    """The permissions that the user takes from new files."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 def main():
-    s = config.load(Settings, command_line_only=("init_from",))
+    s = settings.load(Settings, command_line_only=("init_from",))
     if not s.hf_dir:
-        raise config.UserError("--hf_dir=FOLDER is missing: where to write the model")
+        raise UserError("--hf_dir=FOLDER is missing: where to write the model")
     folder = Path(os.path.realpath(s.hf_dir))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise config.UserError(f"--hf_dir={s.hf_dir} holds something already; name another folder or remove it")
+        raise UserError(f"--hf_dir={s.hf_dir} holds something already; name another folder or remove it")
     opened = checkpoint.open_run(s.out_dir, s.init_from)
     tok = find_tokenizer(opened)
-    files, state = model_files(opened.model, tok)
+    contents, state = model_files(opened.model, tok)
     try:
-        write_folder(folder, files | (tokenizer_files(tok) if tok else {}), state)
+        write_folder(folder, contents | (tokenizer_files(tok) if tok else {}), state)
     except (OSError, SafetensorError) as error:
-        raise config.UserError(f"{s.hf_dir} can't be written ({error}); name another by --hf_dir=FOLDER") from None
+        raise UserError(f"{s.hf_dir} can't be written ({error}); name another by --hf_dir=FOLDER") from None
     size = sum(path.stat().st_size for path in folder.iterdir())
-    print(f"{opened.name} -> {s.hf_dir}: {', '.join(sorted(os.listdir(folder)))}; {size / 1e6:,.1f} MB")
+    settings.say(f"{opened.name} -> {s.hf_dir}: {', '.join(sorted(os.listdir(folder)))}; {size / 1e6:,.1f} MB")
 
 
 if __name__ == "__main__":
-    config.run(main, checkpoint.CheckpointError, data.DataError)
+    settings.run(main)

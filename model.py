@@ -1,14 +1,12 @@
 """GPT-2 as OpenAI published it: learned positions, pre-norm blocks, tanh-GELU, tied output layer.
 
-Self-contained: torch and the standard library, and safetensors and huggingface_hub in the functions that need them.
+Self-contained: torch and the standard library.
 Axes: B sequences, T positions, C = n_embd channels, nh heads of hs channels, V ids, N positions of all sequences.
 The state dict has nanoGPT's names.
 """
 
-import json
 import math
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -21,12 +19,12 @@ class GPTConfig:
     """The shape of a model. Raises ValueError for one that cannot be built."""
 
     block_size: int = 1024  # positions
-    vocab_size: int = 50257
-    n_layer: int = 12
-    n_head: int = 12
-    n_embd: int = 768
-    dropout: float = 0.0
-    bias: bool = True  # in linear layers and layer norms, as GPT-2 has it
+    vocab_size: int = 50257  # ids
+    n_layer: int = 12  # blocks
+    n_head: int = 12  # attention heads
+    n_embd: int = 768  # channels
+    dropout: float = 0.0  # share that is dropped of embeddings, attention and residual branches
+    bias: bool = True  # biases in linear layers and layer norms, as GPT-2 has them
     n_inner: int = 0  # width of the MLP; 0 is 4 * n_embd
 
     def __post_init__(self):
@@ -38,7 +36,7 @@ class GPTConfig:
             raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}; change one of them")
 
     def num_params(self):
-        """Parameters of such a model without its position embeddings; the tied matrix counts once."""
+        """The number of parameters without the position embeddings. The tied matrix counts once."""
         C, inner = self.n_embd, self.n_inner or 4 * self.n_embd
         biases = (3 * C + C + inner + C + 2 * C) if self.bias else 0
         block = 4 * C * C + 2 * C * inner + 2 * C + biases
@@ -60,7 +58,7 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             cache[0, :, :, past : past + T], cache[1, :, :, past : past + T] = k, v
             k, v = cache[:, :, :, : past + T]  # (B, nh, past + T, hs) each
-        # With a past there is one query, the newest position, and it may look at everything.
+        # With a past there is one query, of the newest position, and it may look at everything.
         y = F.scaled_dot_product_attention(
             q, k, v, dropout_p=self.resid_dropout.p if self.training else 0.0, is_causal=past == 0
         )  # (B, nh, T, hs)
@@ -92,28 +90,8 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-class PackedLinear(nn.Module):
-    """A float32 linear layer for a CPU, without gradients, its weight stored in the order in which oneDNN reads it.
-
-    That multiplies a few rows in half the time, as it reads memory at full speed. One row can have less to read: the
-    weight rounded to `dtype`.
-    """
-
-    def __init__(self, linear, rows, dtype):
-        super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), rows)
-        self.rounded = linear.weight.detach().to(dtype) if dtype != torch.float32 else None
-        self.bias = None if linear.bias is None else linear.bias.detach()
-
-    def forward(self, x):
-        if self.rounded is not None and x.numel() == x.size(-1):
-            y = F.linear(x.to(self.rounded.dtype), self.rounded).float()
-            return y if self.bias is None else y + self.bias
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# The loss, in chunks of positions: the (N, V) logits of a large batch are never in memory at once
+# The loss, in chunks of positions, so that the (N, V) logits of a large batch are never in memory at once
 
 
 def compute_dtype(x):
@@ -125,8 +103,8 @@ def compute_dtype(x):
 def output_weight(weight, dtype):
     """The output layer's weight (V, C) in the compute precision.
 
-    A cast copies it anyway, so the copy gets rows of zeros up to a multiple of 64, which matrix units need to run at
-    full speed. Its surplus logits are cut off again (`[:, :V]`) before anything looks at them.
+    A cast copies the weight anyway. The copy gets rows of zeros up to a multiple of 64, which matrix units need to run
+    at full speed. The logits of those rows are cut off again (`[:, :V]`) before anything looks at them.
     """
     if weight.dtype == dtype:
         return weight
@@ -136,15 +114,19 @@ def output_weight(weight, dtype):
 
 
 def chunk_rows(vocab_size, device):
-    """Positions in a chunk: enough for the matrix products, and logits that stay small (on a CPU: near its cache)."""
+    """Positions in a chunk: enough for fast matrix products, and few enough that the logits stay small.
+
+    On a CPU the logits stay near its cache.
+    """
     budget = (1 << 24) if device.type == "cpu" else (1 << 28)  # logits
     return max(64, budget // vocab_size // 64 * 64)
 
 
 def chunk_buffer(positions, weight):
-    """An empty (rows, V) for the logits of each chunk in turn: fresh memory costs a CPU more than the arithmetic on it.
+    """An empty (rows, V) that takes the logits of each chunk in turn.
 
-    On a CPU it is laid out by columns, in which the product with the weight runs 1.5 times as fast.
+    Fresh memory for each chunk would cost a CPU more than the arithmetic. On a CPU the buffer is laid out by columns,
+    since the product with the weight then runs 1.5 times as fast.
     """
     V = weight.size(0)
     rows = max(1, min(positions, chunk_rows(V, weight.device)))
@@ -152,9 +134,10 @@ def chunk_buffer(positions, weight):
 
 
 def softmax_nll(logits, targets):
-    """(e, total, nll) of logits (n, V): e / total is their softmax, nll (n, 1) -ln p of the targets (n, 1); float32.
+    """(e (n, V), total (n, 1), nll (n, 1)) of logits (n, V) and targets (n, 1), in float32.
 
-    float32 logits are overwritten by e. Whoever needs e / total scales what he makes of e, which is smaller.
+    e / total is the softmax, and nll is -ln p of the targets. float32 logits are overwritten by e. The caller divides
+    what it makes of e by `total`, since that is smaller than e.
     """
     if logits.dtype != torch.float32:
         logprobs = torch.log_softmax(logits, dim=1, dtype=torch.float32)
@@ -170,8 +153,8 @@ def softmax_nll(logits, targets):
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Mean over the targets >= 0 of -ln softmax(x @ weight.T)[target], with both gradients computed on the way.
 
-    The gradients are those of the sum, kept as they are until backward() scales them by grad_output / count: a loss
-    scale therefore never multiplies a half-precision intermediate.
+    The gradients are kept as those of the sum. backward() scales them by grad_output / count, so that a loss scale
+    never multiplies a half-precision intermediate.
     """
 
     @staticmethod
@@ -190,8 +173,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             products = torch.mm(h[part], w.T, out=logits[: len(index)])
             e, mass, nll = softmax_nll(products[:, :V], index)
             total += (nll * counts).sum()
-            # d(sum of losses)/d(logits) = softmax - one-hot, zero where the target does not count: here times `mass`,
-            # and divided by it in what is smaller. It takes the place of the products; in the padding they are zero.
+            # The gradient of the sum of losses by the logits is softmax - one-hot, and 0 where the target does not
+            # count. Here it is `mass` times that, and what is made of it is divided by `mass`. It takes the place of
+            # the products, whose padding is zero.
             e.scatter_add_(1, index, -mass)
             if dtype != torch.float32:
                 products[:, :V] = e
@@ -209,12 +193,12 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         grad_x, grad_w, count = ctx.saved_tensors
-        scale = (grad_output / count).view(1, 1)  # with dimensions it promotes half precision to float32
+        scale = (grad_output / count).view(1, 1)  # A scalar without dimensions would leave half precision as it is.
         return (grad_x * scale).to(ctx.dtypes[0]), (grad_w * scale).to(ctx.dtypes[1]), None
 
 
 def chunked_nll(x, weight, targets):
-    """-ln p of each target (N,) as float32 (N,), from x (N, C) and weight (V, C); no gradient."""
+    """-ln p of each target (N,) as float32 (N,), from x (N, C) and weight (V, C), without a gradient."""
     dtype, V = compute_dtype(x), weight.size(0)
     h, w = x.to(dtype), output_weight(weight, dtype)
     logits, nll = chunk_buffer(len(h), w), h.new_empty(len(h), dtype=torch.float32)
@@ -229,13 +213,13 @@ def chunked_nll(x, weight, targets):
 
 
 class GPT(nn.Module):
-    """model(idx, targets) has the loss to train on, model(idx) the logits; nll() scores, generate() writes."""
+    """model(idx, targets) gives the loss to train on, model(idx) the logits. nll() scores, generate() writes."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.recompute = False  # the backward pass computes a block's activations again instead of keeping them
-        with torch.device("meta"):  # without memory, since torch's own initial values take as long again as ours below
+        self.recompute = False  # whether the backward pass computes a block's activations again
+        with torch.device("meta"):  # torch's own initial values would take as long again as ours below.
             self.transformer = nn.ModuleDict(
                 dict(
                     wte=nn.Embedding(config.vocab_size, config.n_embd),
@@ -246,10 +230,10 @@ class GPT(nn.Module):
                 )
             )
             self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.to_empty(device="cpu")
+        self.to_empty(device=torch.get_default_device())
         self.lm_head.weight = self.transformer.wte.weight  # tied
-        # 0.02 for every matrix; the projections back into the residual stream are scaled down, since 2 n_layer of
-        # them add up there (GPT-2 paper, 2.3).
+        # Every matrix has a deviation of 0.02. The projections back into the residual stream are scaled down, since
+        # 2 n_layer of them add up there (GPT-2 paper, 2.3).
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 residual = name.endswith("c_proj.weight")
@@ -266,25 +250,13 @@ class GPT(nn.Module):
         return 6 * self.num_params() + 12 * c.n_layer * c.n_embd * c.block_size
 
     def compile_blocks(self):
-        """torch.compile every block in place: they share one compiled graph, and parameter names stay as they are."""
+        """torch.compile every block in place. They share one compiled graph, and parameter names stay as they are."""
         for block in self.transformer.h:
             block.compile(dynamic=False)
 
     def uncompile_blocks(self):
         for block in self.transformer.h:
             block._compiled_call_impl = None
-
-    def pack(self, rows, dtype=torch.float32):
-        """Make this float32 model, on a CPU with oneDNN, fast at `rows` tokens a time, and good for nothing else.
-
-        dtype: what weights are rounded to where one token stands alone.
-        """
-        for block in self.transformer.h:
-            for part in (block.attn, block.mlp):
-                for name, linear in list(part.named_children()):
-                    if isinstance(linear, nn.Linear):
-                        setattr(part, name, PackedLinear(linear, rows, dtype))
-        self.lm_head = PackedLinear(self.lm_head, rows, dtype)
 
     def hidden(self, idx, cache=None, past=0):
         """Final hidden states (B, T, C) of ids (B, T), which stand at the positions from `past` on."""
@@ -296,7 +268,7 @@ class GPT(nn.Module):
             if cache is not None:
                 x = block(x, cache[i], past)
             elif self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)  # dropout is drawn again as it was
+                x = checkpoint(block, x, use_reentrant=False)  # It draws dropout again as it was.
             else:
                 x = block(x)
         return self.transformer.ln_f(x)
@@ -310,7 +282,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def nll(self, idx, targets):
-        """-ln p of the targets (B, T) that are >= 0, in their order, float32; only they go through the output layer."""
+        """-ln p of the targets (B, T) that are >= 0, in their order, float32. Only they go through the output layer."""
         scored = targets >= 0
         return chunked_nll(self.hidden(idx)[scored], self.lm_head.weight, targets[scored])
 
@@ -329,11 +301,11 @@ class GPT(nn.Module):
     ):
         """Continue the prompts idx (B, T >= 1), yielding the next id of each, (B,), as it is drawn.
 
-        temperature 0 takes the likeliest. top_k keeps so many ids (0: all), then top_p the likeliest of them that
-        together have that probability. A sample that has drawn `eot` goes on with it; when all have, generation ends.
-        Only ids below vocab_size (0: all) are drawn. A full context goes on from its newest half, which is read again.
-        use_cache=False reads the whole context at every step: the same ids, slowly. Raises ValueError where a logit is
-        not finite.
+        temperature 0 takes the likeliest id. top_k keeps so many of the likeliest ids, 0 all. top_p then keeps the
+        likeliest of them that have this probability together. Only ids below vocab_size are drawn; 0 is all. A sample
+        that has drawn `eot` goes on with it, and when all have, generation ends. A full context goes on from its newest
+        half, which is read again. use_cache=False reads the whole context at every step, which gives the same ids
+        slowly. Raises ValueError where a logit is not finite.
         """
         c = self.config
         context, done = idx[:, -c.block_size :], torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
@@ -360,9 +332,9 @@ class GPT(nn.Module):
     def optim_groups(self, weight_decay, muon=False):
         """Parameter groups in nanoGPT's order: matrices, which decay, then biases and norms, which do not.
 
-        `muon`: the matrices of the blocks make a third group, marked for that optimizer; embeddings stay in the first.
+        With `muon` the matrices of the blocks make a third group, marked for Muon. Embeddings stay in the first.
         """
-        inner = dict.fromkeys(p for p in self.transformer.h.parameters() if muon and p.dim() >= 2)  # a set in order
+        inner = dict.fromkeys(p for p in self.transformer.h.parameters() if muon and p.dim() >= 2)  # an ordered set
         outer = [p for p in self.parameters() if p.dim() >= 2 and p not in inner]
         vectors = [p for p in self.parameters() if p.dim() < 2]
         groups = [{"params": outer, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -381,106 +353,19 @@ class GPT(nn.Module):
             if isinstance(module, nn.Dropout):
                 module.p = p
 
-    @classmethod
-    def from_huggingface(cls, name_or_folder):
-        """A GPT-2 in Hugging Face's layout: a folder, or a name on the hub. Weights are read from safetensors only.
-
-        Raises ValueError for a model that is not a GPT-2 as published, OSError where it cannot be had.
-        """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        folder = Path(name_or_folder)
-        if not folder.is_dir():
-            from huggingface_hub import snapshot_download
-
-            folder = Path(snapshot_download(name_or_folder, allow_patterns=["config.json", "model.safetensors"]))
-        for file in ("config.json", "model.safetensors"):
-            if not (folder / file).is_file():
-                raise ValueError(f"{folder} has no {file}; it takes config.json and model.safetensors")
-        try:
-            hf = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            config = huggingface_config(hf)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{folder / 'config.json'}: {error}; it takes a GPT-2's") from None
-        try:
-            state = load_file(folder / "model.safetensors")
-        except SafetensorError as error:
-            raise ValueError(f"{folder / 'model.safetensors'} cannot be read ({error}); fetch it again") from None
-        state = {k if k.startswith(("transformer.", "lm_head.")) else f"transformer.{k}": v for k, v in state.items()}
-        # Masks of older transformers versions are buffers, not weights; the output layer is tied.
-        state = {k: v for k, v in state.items() if not k.endswith((".attn.bias", ".attn.masked_bias"))}
-        if "transformer.wte.weight" in state:
-            state["lm_head.weight"] = state["transformer.wte.weight"]
-        model = cls(config)
-        wanted = model.state_dict()
-        state = {k: v.t() if k.endswith(CONV1D) and v.dim() == 2 else v for k, v in state.items()}
-        wrong = [k for k in wanted if k not in state or state[k].shape != wanted[k].shape]
-        if wrong := wrong + sorted(set(state) - set(wanted)):
-            raise ValueError(f"{folder / 'model.safetensors'} does not fit its config.json: {wrong[0]}")
-        model.load_state_dict(state)
-        return model
-
-    def to_huggingface(self):
-        """(config.json as a dict, state dict) of transformers' GPT2LMHeadModel; absent biases are zeros there."""
-        c, state = self.config, {}
-        for name, p in self.state_dict().items():
-            if name != "lm_head.weight":
-                state[name] = (p.t() if name.endswith(CONV1D) else p).contiguous()
-            bias = name.removesuffix("weight") + "bias"
-            if not c.bias and name.endswith("weight") and not name.startswith(("transformer.w", "lm_head")):
-                state[bias] = torch.zeros(len(p))
-        config = {
-            "model_type": "gpt2",
-            "architectures": ["GPT2LMHeadModel"],
-            "activation_function": "gelu_new",
-            "vocab_size": c.vocab_size,
-            "n_positions": c.block_size,
-            "n_ctx": c.block_size,
-            "n_embd": c.n_embd,
-            "n_layer": c.n_layer,
-            "n_head": c.n_head,
-            "n_inner": c.n_inner or None,
-            "layer_norm_epsilon": 1e-5,
-            "tie_word_embeddings": True,
-            **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), c.dropout),
-        }
-        return config, state
-
-
-# Hugging Face's GPT-2 keeps these as OpenAI's "Conv1D", the transpose of a linear layer's weight.
-CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-
-
-def huggingface_config(hf):
-    """The GPTConfig of a Hugging Face config.json. Raises ValueError for a variant that computes something else."""
-    as_published = {
-        "model_type": "gpt2",
-        "activation_function": "gelu_new",
-        "layer_norm_epsilon": 1e-5,
-        "scale_attn_weights": True,
-        "scale_attn_by_inverse_layer_idx": False,
-        "tie_word_embeddings": True,
-        "add_cross_attention": False,
-    }
-    for key, value in as_published.items():
-        if hf.get(key, value) != value:
-            raise ValueError(f"{key} is {hf[key]!r}, GPT-2 has {value!r}")
-    sizes = {k: hf.get(k, "missing") for k in ("vocab_size", "n_layer", "n_head", "n_embd")}
-    return GPTConfig(block_size=hf.get("n_positions", "missing"), n_inner=hf.get("n_inner") or 0, **sizes)
-
 
 def draw(logits, temperature, top_k, top_p, generator=None):
-    """Ids (B,) drawn from logits (B, V); see GPT.generate."""
-    if temperature < 1e-6:  # below that no other id has a probability in float32
+    """Ids (B,) drawn from logits (B, V), as GPT.generate describes it."""
+    if temperature < 1e-6:  # Below that no other id has a probability in float32.
         return logits.argmax(dim=-1)
-    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # no temperature can overflow the largest, 0
+    # The largest logit becomes 0, which no temperature can make overflow.
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
     V, ids = logits.size(-1), None
     if 0 < top_k < V or top_p < 1:
         logits, ids = logits.topk(min(top_k or V, V), dim=-1)  # (B, k) both, the likeliest first
     if top_p < 1:
         probs = logits.softmax(dim=-1)
-        # Dropped: what comes after the ids that already have top_p together. The likeliest always stays.
+        # An id is dropped if those before it have top_p together already. The likeliest always stays.
         drop = probs.cumsum(dim=-1) - probs >= top_p
         drop[:, 0] = False
         logits = logits.masked_fill(drop, -math.inf)
@@ -489,5 +374,5 @@ def draw(logits, temperature, top_k, top_p, generator=None):
 
 
 def model_args(config):
-    """nanoGPT's seven arguments of a model, for its checkpoint format, which knows no n_inner."""
+    """nanoGPT's seven arguments of a model. Its checkpoint format knows no n_inner."""
     return {k: v for k, v in asdict(config).items() if k != "n_inner"}

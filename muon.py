@@ -8,18 +8,18 @@ from collections import defaultdict
 import torch
 from torch.optim.adamw import adamw
 
-# Coefficients (a, b, c) of the odd quintic a x + b x^3 + c x^5 that five Newton-Schulz steps apply to the singular
-# values: the steep one of Jordan et al., which takes all of them in [0.0016, 1] to between 0.68 and 1.21.
+# Five Newton-Schulz steps apply the odd quintic a x + b x^3 + c x^5 to the singular values. These are the steep
+# coefficients (a, b, c) of Jordan et al., which take all values in [0.0016, 1] to between 0.68 and 1.21.
 QUINTIC, STEPS = (3.4445, -4.7750, 2.0315), 5
 
 
 def orthogonalize(matrices):
-    """U V^T, about, of each matrix U S V^T of a batch (n, rows, columns): its singular values near 1.
+    """About U V^T for each matrix U S V^T of a batch (n, rows, columns): its singular values come near 1.
 
-    In bfloat16 on a GPU, where that is enough and fast, else in the precision given.
+    On a GPU the products are in bfloat16, which is enough and fast. Elsewhere they are in the precision given.
     """
     x = matrices.bfloat16() if matrices.is_cuda else matrices
-    x = x.mT if (tall := x.size(1) > x.size(2)) else x  # the products below are of rows by rows
+    x = x.mT if (tall := x.size(1) > x.size(2)) else x  # The shorter side makes the smaller products (rows, rows).
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     a, b, c = QUINTIC
     for _ in range(STEPS):
@@ -38,9 +38,9 @@ def initial_state(p, group):
 class Muon(torch.optim.Optimizer):
     """Muon for the parameter groups with `muon=True`, all of them matrices (rows, columns), and AdamW for the others.
 
-    A matrix goes down the orthogonalized mean of its gradients, looking ahead (Nesterov). That step has entries of root
-    mean square 1 / sqrt(longer side); scaled by 0.2 sqrt(longer side) it is as large as AdamW's usually is, so that
-    both share learning rates and decay (Liu et al. 2025, "Muon is scalable").
+    A matrix goes down the orthogonalized mean of its gradients, looking ahead (Nesterov). The entries of that step have
+    a root mean square of 1 / sqrt(longer side). Scaled by 0.2 sqrt(longer side) the step is about as large as AdamW's,
+    so that both share learning rates and decay (Liu et al. 2025, "Muon is scalable").
     """
 
     def __init__(self, groups, lr, betas, momentum=0.95, eps=1e-8, fused=True):
@@ -57,7 +57,7 @@ class Muon(torch.optim.Optimizer):
             (self.muon_step if group["muon"] else self.adamw_step)(group, params)
 
     def muon_step(self, group, params):
-        alike = defaultdict(list)  # matrices of one shape go in one batch
+        alike = defaultdict(list)  # parameters by shape: those of one shape go in one batch
         for p in params:
             alike[p.shape].append(p)
         for (rows, columns), ps in alike.items():

@@ -1,7 +1,9 @@
-# A GPT-2 of 30 M parameters on a shelf of books, small enough to watch it learn on a CPU:
+# A GPT-2 of 30 M parameters on a shelf of books. It is small enough to learn on a CPU.
 #     python prepare_text.py BOOKS/*.txt --dataset=books
 #     python train.py config/books.py
-# A step is 16 x 256 = 4,096 tokens; 2,000 steps are 8.2 M tokens, a tenth of an epoch over 319 MB of English.
+#
+# A step is 16 sequences x 256 tokens = 4,096 tokens. 2,000 steps are 8.2 M tokens, a tenth of an epoch over 319 MB of
+# English.
 out_dir = "out/books"
 dataset = "books"
 
@@ -18,5 +20,5 @@ warmup_iters = 100
 max_iters = 2000
 
 eval_interval = 250
-eval_iters = 20  # 82 k tokens of the validation split
+eval_iters = 20  # 20 x 4,096 = 82 k tokens of the validation split
 log_interval = 10

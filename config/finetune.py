@@ -1,10 +1,12 @@
-# Fine-tune GPT-2's published weights on a text of one's own.
+# Fine-tune GPT-2's published weights on your own text.
 #     python prepare_text.py MY_FILES --dataset=mine
 #     python train.py config/finetune.py --dataset=mine --out_dir=out/mine
 #
-# A step: 8 micro-batches x 4 sequences x 1,024 tokens = 32,768 tokens: a book of a megabyte (250 k tokens) is 8 steps.
-# A low constant rate and few steps: the model knows English, it only has to hear another voice. Only what is better
-# on the validation split is kept, since a small text is learned by heart soon.
+# A step is 8 micro-batches x 4 sequences x 1,024 tokens = 32,768 tokens. A book of a megabyte, 250 k tokens, is 8
+# steps.
+#
+# The rate is low and constant, and the steps are few, because the model knows English already and only has to learn a
+# style. It soon learns a small text by heart, so a checkpoint is kept only where the validation loss is lower.
 out_dir = "out/finetune"
 dataset = "mine"
 init_from = "gpt2"

@@ -1,9 +1,9 @@
-"""The table of a record: mean and standard deviation over the seeds of each of its settings.
+"""Print the table of a record: the mean and standard deviation of each kind of run over its seeds.
 
     python records/summary.py records/FOLDER
 
-FOLDER/NAME-sSEED.jsonl are the metrics.jsonl of its runs; those that differ in the seed alone share a NAME.
-NAME-sSEED.json beside one is what eval.py wrote of that run on another text: its first result gives the last column.
+FOLDER/NAME-sSEED.jsonl is the metrics.jsonl of a run. Runs that differ only in the seed share a NAME.
+NAME-sSEED.json beside it is the report of eval.py for that run on another text. Its first result gives the last column.
 """
 
 import json
@@ -16,7 +16,7 @@ COLUMNS = ["run", "seeds", "steps", "final validation loss", "best", "bits per b
 
 
 def table(folder):
-    """Markdown: a row a NAME, the lowest mean of the best validation losses first."""
+    """The table in Markdown. Each NAME has a row; the lowest mean of the best validation losses comes first."""
     runs = defaultdict(list)
     for path in sorted(Path(folder).glob("*-s*.jsonl")):
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -34,7 +34,7 @@ def table(folder):
 
 
 def spread(values):
-    """Mean and standard deviation; a dash where one is not known."""
+    """The mean and standard deviation of the values, or a dash where one of them is unknown."""
     if None in values:
         return "-"
     deviation = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
@@ -43,6 +43,6 @@ def spread(values):
 
 if __name__ == "__main__":
     if len(sys.argv) != 2 or not any(Path(sys.argv[1]).glob("*-s*.jsonl")):
-        print("summary.py: name one folder with metrics as NAME-sSEED.jsonl", file=sys.stderr)
+        print("summary.py: name one folder that holds metrics as NAME-sSEED.jsonl", file=sys.stderr)
         sys.exit(2)
     print(table(sys.argv[1]))

@@ -8,12 +8,13 @@ import sys
 import time
 from pathlib import Path
 
+import bench
+from lib import settings
+from lib.settings import UserError
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-
-import bench
-import config
 
 SMALL = ["--n_layer=1", "--n_head=1", "--n_embd=16", "--block_size=32", "--batch_size=4", "--steps=2", "--device=cpu"]
 SMALL += ["--eval_tokens=500", "--max_new_tokens=8", "--compile=False"]
@@ -36,7 +37,7 @@ def test_a_process_is_timed_and_its_memory_is_its_own(tmp_path):
 
 
 def test_a_script_that_fails_ends_it_with_its_own_last_line(tmp_path):
-    with pytest.raises(config.UserError, match="the reason"):
+    with pytest.raises(UserError, match="the reason"):
         bench.run(tmp_path, "-c", "import sys; sys.exit('the reason')")
 
 
@@ -86,7 +87,7 @@ def test_the_median_step_counts_without_the_first_ones():
 def test_a_mistake_is_refused_before_anything_runs(monkeypatch, capsys, args):
     monkeypatch.setattr(bench, "run", lambda *a, **k: pytest.fail("it ran"))
     with pytest.raises(SystemExit) as end:
-        config.run(lambda: call(monkeypatch, *args))
+        settings.run(lambda: call(monkeypatch, *args))
     assert end.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
 
 

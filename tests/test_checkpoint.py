@@ -1,22 +1,22 @@
 """checkpoint.py: whole or not at all, plain data only, and every kind of model opened."""
 
-import json
+import math
 import os
 import pickle
-import tempfile
 import time
 import zipfile
 from pathlib import Path
 
-import pytest
-import torch
-from safetensors.torch import save_file
-
-import checkpoint
-import eval as evaluation
+from lib import checkpoint, huggingface
+from lib.settings import UserError
 from model import GPT, GPTConfig
 
+import pytest
+import torch
+from conftest import random_model, refusal, same_bits, save_huggingface, weights
+
 SHAPE = dict(block_size=8, vocab_size=40, n_layer=2, n_head=2, n_embd=8)
+CHARS = "char:" + "".join(map(chr, range(65, 105)))  # a tokenizer of 40 ids
 
 
 @pytest.fixture
@@ -27,52 +27,17 @@ def model():
 
 @pytest.fixture
 def path(tmp_path, model):
-    checkpoint.save(tmp_path / "ckpt.pt", checkpoint.weights(model) | {"format": 1, "tokenizer": "bytes"})
+    checkpoint.save(tmp_path / "ckpt.pt", checkpoint.weights(model) | {"format": 1, "tokenizer": CHARS})
     return tmp_path / "ckpt.pt"
 
 
 def same(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
-
-
-@pytest.mark.skipif(not Path("/dev/fd").exists(), reason="this system has no /dev/fd")
-def test_a_text_goes_to_an_open_file_or_pipe_as_a_shell_redirects_it(tmp_path):
-    """/dev/stdout is a link to it, which stays a link; what was written before stays too."""
-    with open(tmp_path / "out", "w") as f:
-        f.write("before\n")
-        f.flush()
-        evaluation.check_writable(Path(f"/dev/fd/{f.fileno()}"))
-        checkpoint.write_text(Path(f"/dev/fd/{f.fileno()}"), "text\n")
-        f.write("after\n")
-    assert (tmp_path / "out").read_text() == "before\ntext\nafter\n"
-    reads, writes = os.pipe()
-    with open(reads) as f:
-        evaluation.check_writable(Path(f"/dev/fd/{writes}"))
-        checkpoint.write_text(Path(f"/dev/fd/{writes}"), "text\n")
-        os.close(writes)
-        assert f.read() == "text\n"
-
-
-@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="this system has no /dev/shm")
-def test_a_file_in_memory_is_replaced_like_any_other():
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
-        for text in ("first", "second"):
-            checkpoint.write_text(Path(folder, "a.json"), text)
-        assert {p.name: p.read_text() for p in Path(folder).iterdir()} == {"a.json": "second"}
-
-
-def test_whether_a_pipe_can_be_written_is_found_out_without_a_reader(tmp_path):
-    os.mkfifo(tmp_path / "pipe")
-    evaluation.check_writable(tmp_path / "pipe")
-    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
-    checkpoint.write_text(tmp_path / "pipe", "text")
-    assert os.read(reader, 99) == b"text"
-    os.close(reader)
+    return same_bits(a.state_dict(), b.state_dict())
 
 
 def test_what_is_saved_is_what_is_opened(path, model):
     opened = checkpoint.open_model(path)
-    assert same(opened.model, model) and opened.model.config == model.config and opened.tokenizer == "bytes"
+    assert same(opened.model, model) and opened.model.config == model.config and opened.tokenizer == CHARS
     assert opened.model.lm_head.weight is opened.model.transformer.wte.weight
 
 
@@ -120,7 +85,7 @@ def test_any_flipped_byte_of_a_tensor_is_found(path):
     start = entry.header_offset + 200
     for at in (start, start + entry.file_size // 2):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
-        with pytest.raises(checkpoint.CheckpointError, match="damaged"):
+        with pytest.raises(UserError, match="damaged"):
             checkpoint.load(path)
 
 
@@ -128,7 +93,7 @@ def test_any_flipped_byte_of_a_tensor_is_found(path):
 def test_a_file_cut_short_is_found(path, share):
     whole = path.read_bytes()
     path.write_bytes(whole[: int(len(whole) * share)])
-    with pytest.raises(checkpoint.CheckpointError, match="damaged"):
+    with pytest.raises(UserError, match="damaged"):
         checkpoint.load(path)
 
 
@@ -142,9 +107,12 @@ def test_a_checkpoint_that_carries_code_is_refused_and_does_not_run(tmp_path, mo
     torch.save(checkpoint.weights(model) | {"config": Hostile()}, "a.pt")
     Path("b.pt").write_bytes(pickle.dumps(Hostile()))
     for name in ("a.pt", "b.pt"):
-        with pytest.raises(checkpoint.CheckpointError):
+        with pytest.raises(UserError):
             checkpoint.open_model(name)
     assert not Path("pwned").exists()
+
+
+ARGS = SHAPE | {"dropout": 0.0, "bias": True}
 
 
 @pytest.mark.parametrize(
@@ -152,27 +120,79 @@ def test_a_checkpoint_that_carries_code_is_refused_and_does_not_run(tmp_path, mo
     [
         ({"format": 99}, "newer version"),
         ({"model_args": {"n_layer": 2}}, "do not fit"),
-        ({"model_args": SHAPE | {"dropout": 0.0, "bias": True, "n_embd": 16}}, "do not fit"),
-        ({"model_args": SHAPE | {"dropout": 0.0, "bias": True, "n_head": 3}}, "do not fit"),
+        ({"model_args": ARGS | {"n_embd": 16}}, "do not fit"),
+        ({"model_args": ARGS | {"n_head": 3}}, "do not fit"),
+        ({"model_args": ARGS | {"width": 3}}, "do not fit"),
         ({"model": {}}, "do not fit"),
+        ({"n_inner": 12}, "do not fit"),
+        # sizes that would keep a machine busy, or that it has no memory for
+        ({"model_args": ARGS | {"n_layer": 10**6}}, "n_layer=1,000,000, and there are weights of 2 blocks"),
+        ({"model_args": ARGS | {"n_embd": 10**7}}, "do not fit"),
+        ({"model_args": ARGS | {"n_embd": 2**62}}, "do not fit"),
+        ({"model_args": ARGS | {"vocab_size": 10**12}}, "do not fit"),
+        ({"model_args": ARGS | {"block_size": 10**12}}, "do not fit"),
+        ({"n_inner": 10**12}, "do not fit"),
+        ({"n_inner": 2**62}, "do not fit"),
         ({"model": 3}, "its model is of another kind"),
+        ({"model": {"transformer.wte.weight": [1.0]}}, "its model is of another kind"),
+        ({"model": {3: torch.zeros(2)}}, "its model is of another kind"),
+        ({"model_args": [2]}, "its model_args is of another kind"),
+        ({"model_args": {"n_layer": torch.ones(2)}}, "its model_args is of another kind"),
+        ({"n_inner": -1}, "its n_inner is of another kind"),
         ({"format": "1"}, "its format is of another kind"),
+        ({"format": True}, "its format is of another kind"),
         ({"iter_num": None}, "its iter_num is of another kind"),
+        ({"iter_num": -5}, "its iter_num is of another kind"),
+        ({"iter_num": 10**30}, "its iter_num is of another kind"),
         ({"best_val_loss": "x"}, "its best_val_loss is of another kind"),
+        ({"best_val_loss": math.nan}, "its best_val_loss is of another kind"),
+        ({"best_val_loss": torch.ones(2)}, "its best_val_loss is of another kind"),
         ({"config": [1]}, "its config is of another kind"),
+        ({"config": {"n_layer": {}}}, "its config is of another kind"),
+        ({"config": {"learning_rate": math.inf}}, "its config is of another kind"),
+        ({"config": {"dataset": 5}}, "its dataset is of another kind"),
         ({"tokenizer": 5}, "its tokenizer is of another kind"),
+        ({"tokenizer": "char:"}, "its tokenizer is of another kind"),
+        ({"tokenizer": "char:aa"}, "its tokenizer is of another kind"),
+        ({"tokenizer": "char:a\ud800"}, "its tokenizer is of another kind"),
+        ({"tokenizer": "gpt2"}, "has 40 ids, its tokenizer 'gpt2' 50,257"),
     ],
 )
-def test_another_kind_of_checkpoint_is_one_line(tmp_path, model, change, says):
+def test_what_a_checkpoint_may_not_hold_is_one_line_at_once(tmp_path, model, change, says):
     torch.save(checkpoint.weights(model) | change, tmp_path / "a.pt")
-    with pytest.raises(checkpoint.CheckpointError, match=says) as error:
-        checkpoint.open_model(tmp_path / "a.pt")
-    assert "\n" not in str(error.value)
+    began = time.perf_counter()
+    assert says in refusal(checkpoint.open_model, tmp_path / "a.pt")
+    assert time.perf_counter() - began < 2
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "says"),
+    [
+        ("lm_head.weight", torch.zeros(40, 8), "lm_head.weight is not transformer.wte.weight"),
+        ("lm_head.weight", torch.zeros(41, 8), "lm_head.weight is (41, 8), wanted is (40, 8)"),
+        ("transformer.h.1.mlp.c_fc.weight", torch.zeros(32, 8, dtype=torch.int64), "is of torch.int64"),
+        ("transformer.h.0.ln_1.weight", torch.zeros(8).to_sparse(), "torch.sparse_coo"),
+        ("transformer.h.0.attn.c_attn.weight", torch.zeros(8, 24), "(8, 24), wanted is (24, 8)"),
+        ("transformer.h.7.ln_1.weight", torch.zeros(8), "weights of 3 blocks"),
+        ("score.weight", torch.zeros(2, 8), "wanted is no weight of GPT-2"),
+    ],
+)
+def test_weights_that_are_not_the_model_s_are_named(tmp_path, model, name, tensor, says):
+    held = checkpoint.weights(model)
+    torch.save(held | {"model": held["model"] | {name: tensor}}, tmp_path / "a.pt")
+    assert says in refusal(checkpoint.open_model, tmp_path / "a.pt")
+
+
+def test_a_damaged_file_leads_to_those_beside_it_by_a_setting_that_every_script_has(path, model):
+    checkpoint.save(path.with_name("best.pt"), checkpoint.weights(model))
+    path.write_bytes(path.read_bytes()[:500])
+    says = refusal(checkpoint.load, path)
+    assert says.endswith("--init_from=PATH takes another (beside it: best.pt)")
 
 
 def test_a_dict_without_a_model_is_refused(tmp_path):
     torch.save({"weights": torch.zeros(3)}, tmp_path / "a.pt")
-    with pytest.raises(checkpoint.CheckpointError, match="model_args"):
+    with pytest.raises(UserError, match="model_args"):
         checkpoint.load(tmp_path / "a.pt")
 
 
@@ -190,11 +210,7 @@ def test_nanogpt_s_checkpoints_open(tmp_path, model, prefix):
 
 
 def test_a_hugging_face_folder_opens_and_a_run_s_folder_gives_its_best(tmp_path, model):
-    hf, state = model.to_huggingface()
-    Path(tmp_path, "hf").mkdir()
-    Path(tmp_path, "hf", "config.json").write_text(json.dumps(hf))
-    save_file(state, tmp_path / "hf" / "model.safetensors")
-    opened = checkpoint.open_model(tmp_path / "hf")
+    opened = checkpoint.open_model(save_huggingface(model, tmp_path / "hf"))
     assert same(opened.model, model) and opened.path is None
     Path(tmp_path, "run").mkdir()
     for name in ("final.pt", "ckpt.pt", "best.pt"):
@@ -204,7 +220,7 @@ def test_a_hugging_face_folder_opens_and_a_run_s_folder_gives_its_best(tmp_path,
 
 def test_the_newest_run(tmp_path, model, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(checkpoint.CheckpointError, match="no run under out/"):
+    with pytest.raises(UserError, match="no run under out/"):
         checkpoint.open_run()
     for name, saved in (("out/b/best", 7), ("out/a/ckpt", 6), ("out/c/ckpt", 8), ("out/c/best", 5)):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
@@ -214,16 +230,13 @@ def test_the_newest_run(tmp_path, model, monkeypatch):
     assert checkpoint.open_run().path == Path("out/c/best.pt")
     assert checkpoint.open_run(out_dir="out/a").path == Path("out/a/ckpt.pt")
     assert checkpoint.open_run("out/a", init_from="out/b/best.pt").path == Path("out/b/best.pt")
-    with pytest.raises(checkpoint.CheckpointError, match="no checkpoint in out/none"):
+    with pytest.raises(UserError, match="no checkpoint in out/none"):
         checkpoint.open_run("out/none")
 
 
 def test_a_tokenizer_that_only_the_number_of_ids_tells_is_said(tmp_path, capsys):
     for folder, more in (("said", {"tokenizer_spec": "bytes"}), ("unsaid", {})):
-        Path(tmp_path, folder).mkdir()
-        hf, state = GPT(GPTConfig(block_size=4, vocab_size=257, n_layer=1, n_head=1, n_embd=4)).to_huggingface()
-        Path(tmp_path, folder, "config.json").write_text(json.dumps(hf | more))
-        save_file(state, tmp_path / folder / "model.safetensors")
+        save_huggingface(random_model(), tmp_path / folder, **more)
         assert checkpoint.open_model(tmp_path / folder).tokenizer == "bytes"
         assert ("by its 257 ids it is taken to have" in capsys.readouterr().err) == (folder == "unsaid")
 
@@ -232,7 +245,7 @@ def test_a_tokenizer_that_only_the_number_of_ids_tells_is_said(tmp_path, capsys)
 def test_a_source_that_names_no_model_is_one_line(tmp_path, monkeypatch, source):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(checkpoint.CheckpointError) as error:
+    with pytest.raises(UserError) as error:
         checkpoint.open_model(source)
     assert "\n" not in str(error.value)
 
@@ -240,31 +253,73 @@ def test_a_source_that_names_no_model_is_one_line(tmp_path, monkeypatch, source)
 def test_a_name_on_the_hub_may_have_a_dot(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     asked = []
-    monkeypatch.setattr(GPT, "from_huggingface", lambda repo: asked.append(repo) or 1 / 0)
+
+    def load(source):
+        asked.append(source)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(huggingface, "load", load)
     with pytest.raises(ZeroDivisionError):
         checkpoint.open_model("user/gpt2-v1.0")
     assert asked == ["user/gpt2-v1.0"]
 
 
-def test_background_writes_hold_what_they_were_given_in_their_order_and_report_failures(tmp_path, monkeypatch):
-    save, seen = checkpoint.save, []
+def slowly(save, fails=()):
+    """checkpoint.save that takes its time, and finds the disk full for the checkpoints with one of these numbers."""
 
-    def slow(path, state, links=()):
+    def save_slowly(path, state, links=()):
         time.sleep(0.05)
-        if state["n"] == 2:
+        if state["n"] in fails:
             raise OSError(28, "No space left on device")
         save(path, state, links)
 
-    monkeypatch.setattr(checkpoint, "save", slow)
-    monkeypatch.setattr(checkpoint.Writer, "in_background", lambda self, state: True)
-    writer, weight = checkpoint.Writer(), torch.zeros(4)
-    for n in range(4):
-        weight.fill_(n)  # as the training goes on
-        state = {"model": {"a": weight, "tied": weight}, "model_args": {}, "n": n}
-        writer.write(tmp_path / f"{n}.pt", state, [], lambda error, n=n: seen.append((n, error and error.errno)))
-    assert len(writer.pending) == 2  # no more copies than that
-    writer.finished(wait=True)
-    assert seen == [(0, None), (1, None), (2, 28), (3, None)]
+    return save_slowly
+
+
+def test_background_writes_hold_what_they_were_given_in_their_order_and_tell_failures(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "save", slowly(checkpoint.save, fails={2}))
+    monkeypatch.setattr(checkpoint.Writer, "in_background", lambda writer, state: True)
+    with checkpoint.Writer() as writer:
+        weight = torch.zeros(4)
+        for n in range(4):
+            weight.fill_(n)  # The training goes on.
+            state = {"model": {"a": weight, "tied": weight}, "model_args": {}, "n": n}
+            writer.write(tmp_path / f"{n}.pt", state, about=n)
+            assert sum(not future.done() for *_, future in writer.pending) <= 2  # no more copies than that
+        seen = writer.ended() + writer.ended(wait=True)
+        assert [(write.about, write.path.name, write.error and write.error.errno) for write in seen] == [
+            (0, "0.pt", None),
+            (1, "1.pt", None),
+            (2, "2.pt", 28),
+            (3, "3.pt", None),
+        ]
+        assert writer.ended(wait=True) == []  # Each write is told once.
     for n in (0, 1, 3):
-        loaded = checkpoint.load(tmp_path / f"{n}.pt")["model"]
+        loaded = weights(tmp_path / f"{n}.pt")
         assert loaded["a"].tolist() == [n] * 4 and loaded["a"].data_ptr() == loaded["tied"].data_ptr()
+
+
+def test_what_was_given_is_on_the_disk_when_the_writer_is_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "save", slowly(checkpoint.save))
+    monkeypatch.setattr(checkpoint.Writer, "in_background", lambda writer, state: True)
+    with pytest.raises(KeyboardInterrupt), checkpoint.Writer() as writer:
+        for n in range(2):
+            writer.write(tmp_path / f"{n}.pt", {"model": {}, "model_args": {}, "n": n})
+        raise KeyboardInterrupt
+    assert sorted(os.listdir(tmp_path)) == ["0.pt", "1.pt"]
+
+
+def test_a_write_in_the_foreground_has_ended_when_it_returns(tmp_path, model):
+    with checkpoint.Writer() as writer:
+        writer.write(tmp_path / "a.pt", checkpoint.weights(model), [tmp_path / "b.pt"])
+        (write,) = writer.ended()
+    assert (write.path, write.links, write.error) == (tmp_path / "a.pt", [tmp_path / "b.pt"], None)
+    assert same_bits(weights(tmp_path / "a.pt"), weights(tmp_path / "b.pt"))
+
+
+def test_a_bug_in_a_write_is_no_full_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "save", lambda *args: 1 / 0)
+    with checkpoint.Writer() as writer:
+        writer.write(tmp_path / "a.pt", {"model": {}})
+        with pytest.raises(ZeroDivisionError):
+            writer.ended()

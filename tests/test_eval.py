@@ -1,50 +1,33 @@
 """eval.py against a slow exact computation, transformers' perplexity guide, and properties."""
 
 import copy
+import functools
 import json
 import math
 import os
-import runpy
-import sys
+import threading
+import tty
 from dataclasses import fields
 from pathlib import Path
+
+import eval as evaluation
+import train
+from lib import data, prepare, runtime, tokenizer
+from model import Block
 
 import numpy as np
 import pytest
 import torch
+from conftest import random_model, save_huggingface, save_run, write_meta_pkl
 from torch.nn import functional as F
 
-import checkpoint
-import data
-import eval as evaluation
-import runtime
-import train
-from model import GPT, Block, GPTConfig
-
-ROOT = Path(evaluation.__file__).parent
 DOCUMENTS = ["The first page\nhas two lines.\n", "Über Straßen,\n\n  and no\tlast line end", "x\n", "The end. " * 6]
 FIGURES = ["nll", "token_ppl", "word_ppl", "byte_ppl", "bits_per_byte"]
 KEYS = ["protocol", "block_size", "stride", "tokens_scored", *FIGURES]
 
 
-def random_model(seed=0, **shape):
-    """A tiny model whose predictions are far from uniform."""
-    torch.manual_seed(seed)
-    shape = dict(block_size=16, vocab_size=257, n_layer=2, n_head=2, n_embd=16) | shape
-    model = GPT(GPTConfig(**shape)).eval()
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.3)
-    return model
-
-
-def save_run(model, folder="out/a", file="ckpt.pt", dataset="tiny", **more):
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    kept = {"format": checkpoint.FORMAT, "iter_num": 7, "tokenizer": "bytes", "config": {"dataset": dataset}}
-    checkpoint.save(Path(folder, file), checkpoint.weights(model) | kept | more)
-
-
 def write_dataset(name, *splits, documents=DOCUMENTS):
-    data.write(name, data.BytesTokenizer(), [(split, text, True) for split in splits for text in documents], 0)
+    prepare.write(name, tokenizer.BytesTokenizer(), [(split, text, True) for split in splits for text in documents], 0)
 
 
 def random_ids(n, vocab_size=257):
@@ -52,7 +35,7 @@ def random_ids(n, vocab_size=257):
 
 
 def stream(model, ids, T, stride, batch_size, rt):
-    """(nats, tokens scored) of the protocol `stream`, of ids that are one document."""
+    """(nats, tokens scored) by the protocol `stream` of ids that are one document."""
     windows = data.stream_windows(len(ids), T, stride)
     total, (nll,), (scored,) = evaluation.score(model, ids, windows, np.zeros(1, int), T, batch_size, rt)
     assert nll == pytest.approx(total, rel=1e-12)
@@ -60,24 +43,16 @@ def stream(model, ids, T, stride, batch_size, rt):
 
 
 def exact_nll(model, ids, T, stride):
-    """The protocol token by token, in float64: the context of each target is read for this target alone."""
+    """The protocol token by token in float64. The context of each target is read for this target alone."""
     model, ids, total = copy.deepcopy(model).double(), torch.from_numpy(ids.astype(np.int64)), 0.0
     for t in range(1, len(ids)):
-        # disjoint windows of T targets; or, of the windows that begin at 0, stride, ..., the first that reaches t
+        # Windows without a stride are disjoint and have T targets. Of those that begin at 0, stride, ... the first one
+        # that reaches t scores it.
         begin = (t - 1) // T * T if stride in (0, T) else max(0, -(-(t - T + 1) // stride)) * stride
         with torch.no_grad():
             logits = model(ids[None, begin:t])[0][0, -1]
         total -= torch.log_softmax(logits, 0)[ids[t]].item()
     return total
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models as small as these only wait for a second one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)
@@ -89,20 +64,9 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """run("--key=value", ...) runs the script as it stands: (exit status, standard output, standard error)."""
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["eval.py", "--device=cpu", *args])
-        capsys.readouterr()
-        status = 0
-        try:
-            runpy.run_path(str(ROOT / "eval.py"), run_name="__main__")
-        except SystemExit as end:
-            status = end.code
-        return status, *capsys.readouterr()
-
-    return run
+def run(script):
+    """run("--key=value", ...) runs the script: (exit status, standard output, standard error)."""
+    return functools.partial(script, "eval", "--device=cpu")
 
 
 @pytest.fixture
@@ -117,8 +81,7 @@ def report(run):
     return report
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The sum
+# ---- the sum ----
 
 
 @pytest.mark.parametrize(
@@ -126,13 +89,13 @@ def report(run):
     [
         (70, 16, 0),
         (70, 16, 16),
-        (65, 16, 0),  # the last window is full
-        (66, 16, 0),  # the last window has one target
+        (65, 16, 0),  # a full last window
+        (66, 16, 0),  # a last window of one target
         (70, 16, 1),
         (70, 16, 5),
         (70, 16, 8),
         (70, 16, 15),
-        (70, 7, 0),  # smaller than the model's
+        (70, 7, 0),  # fewer positions than the model's
         (70, 7, 3),
         (30, 1, 0),
         (9, 16, 0),  # less than a window
@@ -166,7 +129,7 @@ def test_the_strided_stream_is_transformers_perplexity_guide(script, stride):
         targets[:, : -(end - prev_end)] = -100
         with torch.no_grad():
             logits = theirs.double()(input_ids).logits
-        # where the guide adds up means, the sum itself
+        # The guide adds up means. This is the sum itself.
         nll_sum += F.cross_entropy(logits[0, :-1], targets[0, 1:], ignore_index=-100, reduction="sum").item()
         n_tokens += int((targets[:, 1:] != -100).sum())
         prev_end = end
@@ -187,12 +150,11 @@ def test_compiled_figures_are_the_eager_ones(monkeypatch, backend):
     rt.compile = True
     runtime.compile_blocks(model, rt, 3, 16)
     assert stream(model, ids, 16, 0, 3, rt) == pytest.approx(eager, rel=1e-6)
-    assert model.transformer.h[0]._compiled_call_impl is not None  # it has not fallen back
-    assert shapes == {(3, 16)}  # four windows in two batches, one shape to compile
+    assert model.transformer.h[0]._compiled_call_impl is not None  # It has not fallen back.
+    assert shapes == {(3, 16)}  # four windows in two batches of one shape
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The figures
+# ---- the figures ----
 
 
 @pytest.mark.parametrize("stride", [0, 5])
@@ -260,7 +222,7 @@ def test_what_a_nanogpt_folder_does_not_know_is_null_and_a_dash(run, report):
 
 
 def test_a_figure_beyond_a_float_leaves_the_report_valid_json(run):
-    """4,000 bytes that are one word: its perplexity has more than 308 digits."""
+    """4,000 bytes are one word here, whose perplexity has more than 308 digits."""
     save_run(random_model())
     write_dataset("long", "test", documents=["x" * 4000])
     status, *_ = run("--dataset=long")
@@ -270,7 +232,7 @@ def test_a_figure_beyond_a_float_leaves_the_report_valid_json(run):
 
 
 def test_an_error_beyond_a_float_is_null():
-    """The perplexity is 3e307, of which the other document makes a standard error of more than 1e309."""
+    """The perplexity is 3e307, and its standard error more than 1e309."""
     one = np.array([1.0, 1.0])
     nlls = np.array([100.0, 1316.0])
     found = evaluation.figures(nlls.sum(), {"word_ppl": 2})
@@ -299,18 +261,20 @@ def test_a_smaller_block_size_is_taken_and_reported(report):
     assert result["nll"] == pytest.approx(exact_nll(model, ids, 6, 0), rel=1e-6)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Documents
+# ---- documents ----
 
 
 def exact_documents(model, documents, eot, T):
-    """(nats, tokens) of each document, token by token in float64, by the rule of lm-evaluation-harness in words:
-    targets in groups of T; the first group after an end-of-text, any other with the T ids before its last target."""
+    """(nats, tokens) of each document, token by token in float64, by the rule of lm-evaluation-harness.
+
+    Its targets are in groups of T. The first group follows an end-of-text. Any other one has the T ids before its last
+    target as context.
+    """
     model, found = copy.deepcopy(model).double(), []
     for document in documents:
         ids, nll = torch.tensor([eot, *document]), 0.0
         for t in range(1, len(ids)):
-            last = min((t - 1) // T * T + T, len(document))  # of the group of t
+            last = min((t - 1) // T * T + T, len(document))  # target of the group of t
             with torch.no_grad():
                 logits = model(ids[None, max(0, last - T) : t])[0][0, -1]
             nll -= torch.log_softmax(logits, 0)[ids[t]].item()
@@ -346,7 +310,7 @@ def test_a_batch_of_short_documents_is_read_no_further_than_it_goes(monkeypatch)
 
 
 def test_a_token_of_the_stream_belongs_to_its_document(monkeypatch):
-    """Whatever window scores it: here the loss of an id is the id, so that a document's sum is known."""
+    """No matter which window scores it. The loss of an id is the id here, so a document's sum is known."""
     documents = ["a b\n", "", "c" * 30, "x", "The end. " * 9]
     write_dataset("many", "test", documents=documents)
     dataset, rt, model = data.Dataset("many"), runtime.choose("cpu", "float32", False), random_model()
@@ -380,7 +344,7 @@ def test_a_standard_error_needs_two_documents_and_their_counts(report):
     (result,) = report("--dataset=whole")["results"]
     assert set(result["standard_error"].values()) == {None}
     meta = json.loads(Path("data/tiny/meta.json").read_text())
-    del meta["splits"]["test"]["per_document"]  # of a folder that was prepared before
+    del meta["splits"]["test"]["per_document"]  # Folders prepared earlier do not have it.
     Path("data/tiny/meta.json").write_text(json.dumps(meta))
     (result,) = report()["results"]
     assert result["standard_error"].pop("token_ppl") > 0
@@ -392,7 +356,7 @@ def test_lm_eval_is_the_documents_of_its_own_file_over_its_own_counts(report):
     pieces = [("test", text, True) for text in DOCUMENTS]
     known = [{"words": 7, "lines": None, "bytes": 50}, {"words": 30, "lines": None, "bytes": 60}]
     pieces += [("test_lm_eval", text, True, c) for text, c in zip(DOCUMENTS[:2], known, strict=True)]
-    data.write("wiki", data.BytesTokenizer(), pieces, 0)
+    prepare.write("wiki", tokenizer.BytesTokenizer(), pieces, 0)
     write_dataset("two", "test", documents=DOCUMENTS[:2])
     both = report("--protocol=", "--dataset=wiki")["results"]
     assert [r["protocol"] for r in both] == ["stream", "documents", "lm_eval"]
@@ -435,7 +399,7 @@ def test_published_figures_stand_under_their_protocol_and_in_their_column():
 
 def test_published_figures_stand_beside_wikitexts_test_text_alone(script, monkeypatch):
     save_run(random_model(vocab_size=50_257), tokenizer="gpt2", dataset="mine")
-    data.write("mine", data.Gpt2Tokenizer(), [("test", text, True) for text in DOCUMENTS], 0)
+    prepare.write("mine", tokenizer.Gpt2Tokenizer(), [("test", text, True) for text in DOCUMENTS], 0)
     assert "Hyena" not in script("eval", "--protocol=stream")[1]
     counts = json.loads(Path("data/mine/meta.json").read_text())["splits"]["test"]
     monkeypatch.setattr(evaluation, "WIKITEXT_TEST", {k: counts[k] for k in evaluation.WIKITEXT_TEST})
@@ -443,27 +407,21 @@ def test_published_figures_stand_beside_wikitexts_test_text_alone(script, monkey
 
 
 def test_characters_have_no_documents(run):
-    """nanoGPT's: no id of its vocabulary is an end-of-text."""
-    import pickle
-
+    """No id of nanoGPT's character vocabulary is an end-of-text."""
     chars = sorted(set("".join(DOCUMENTS)))
-    Path("data/letters").mkdir()
-    itos = dict(enumerate(chars))
-    Path("data/letters/meta.pkl").write_bytes(pickle.dumps({"itos": itos, "stoi": {c: i for i, c in itos.items()}}))
-    np.array([chars.index(c) for c in "".join(DOCUMENTS)], "<u2").tofile("data/letters/val.bin")
+    stoi = write_meta_pkl("data/letters", chars)
+    np.array([stoi[c] for c in "".join(DOCUMENTS)], "<u2").tofile("data/letters/val.bin")
     save_run(random_model(vocab_size=len(chars)), tokenizer="", dataset="letters")
     status, out, _ = run()
     assert status == 0 and "\nstream: " in out and "\ndocuments: " not in out
     status, _, err = run("--protocol=documents")
     assert status == 2 and "--protocol=stream" in err.splitlines()[-1]
-    more = {c: i for i, c in enumerate([*chars, "Ω"])}
-    Path("data/letters/meta.pkl").write_bytes(pickle.dumps({"itos": {i: c for c, i in more.items()}, "stoi": more}))
+    write_meta_pkl("data/letters", [*chars, "Ω"])
     status, _, err = run()
     assert status == 2 and "data/letters/meta.pkl of its training names; put it back" in err.splitlines()[-1]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Which model, which text, where the figures go
+# ---- which model, which text, where the figures go ----
 
 
 @pytest.mark.parametrize(("splits", "taken"), [(("train", "val", "test"), "test"), (("train", "val"), "val")])
@@ -491,10 +449,65 @@ def test_json_names_another_place(run):
     assert not Path("out/a/eval_test.json").exists()
 
 
+def test_a_dash_prints_the_json_alone_and_the_table_on_standard_error(run):
+    save_run(random_model())
+    _, table, _ = run("--json=report.json")
+    status, out, err = run("--json=-")
+    assert status == 0
+    assert out == Path("report.json").read_text()
+    json.loads(out)
+    assert table.strip() and table in err
+    assert not Path("-").exists() and not list(Path().rglob("eval_*.json"))
+
+
+def test_an_earlier_report_is_replaced(run):
+    save_run(random_model())
+    Path("report.json").write_text(json.dumps({"results": ["x" * 9999]}))
+    Path("empty.json").touch()
+    assert run("--json=report.json")[0] == run("--json=empty.json")[0] == 0
+    assert Path("report.json").read_text() == Path("empty.json").read_text()
+    assert json.loads(Path("report.json").read_text())["results"][0]["protocol"] == "stream"
+    assert not list(Path().glob("*.partial"))
+
+
+@pytest.mark.parametrize("file", ["out/a/best.pt", "notes.txt", "link.json"])
+def test_a_file_that_is_no_report_is_refused_and_stays(run, file, monkeypatch):
+    monkeypatch.setattr(evaluation, "evaluate", pytest.fail)  # It is refused before hours are spent.
+    save_run(random_model(), file="best.pt")
+    Path("notes.txt").write_text("what I found: {}\n")
+    Path("link.json").symlink_to("notes.txt")
+    before = Path(file).read_bytes()
+    status, out, err = run(f"--json={file}")
+    assert (status, out) == (2, "")
+    assert len(err.splitlines()) == 1 and "--json=PATH names another" in err
+    assert Path(file).read_bytes() == before
+    assert Path("link.json").is_symlink()
+
+
+def test_a_pipe_and_a_device_are_written_to(run):
+    """The device is a terminal of our own, so that no mistake can replace one that others need."""
+    save_run(random_model())
+    assert run("--json=report.json")[0] == 0
+    os.mkfifo("pipe")
+    found = []
+    reader = threading.Thread(target=lambda: found.append(Path("pipe").read_text()), daemon=True)
+    reader.start()
+    assert run("--json=pipe")[0] == 0
+    reader.join(timeout=10)
+    ours, theirs = os.openpty()
+    tty.setraw(theirs)
+    assert run(f"--json={os.ttyname(theirs)}")[0] == 0
+    found.append(os.read(ours, 1 << 16).decode())
+    os.close(ours)
+    os.close(theirs)
+    assert found == [Path("report.json").read_text()] * 2
+    assert Path("pipe").is_fifo()
+
+
 def test_the_newest_run_is_taken_and_its_best_checkpoint(report):
     for age, (folder, file) in enumerate([("b", "ckpt.pt"), ("a", "best.pt"), ("b", "best.pt"), ("b", "final.pt")]):
         save_run(random_model(age), f"out/{folder}", file)
-        os.utime(f"out/{folder}/{file}", (10_000 - age, 10_000 - age))  # b's ckpt.pt is the newest file of all
+        os.utime(f"out/{folder}/{file}", (10_000 - age, 10_000 - age))  # out/b/ckpt.pt is the newest file of all.
     assert report()["model"] == "out/b/best.pt"
     os.utime("out/a/best.pt", (20_000, 20_000))
     assert report()["model"] == "out/a/best.pt"
@@ -516,17 +529,12 @@ def test_the_config_file_of_a_training_serves_with_its_init_from_ignored(report)
 
 
 def test_a_huggingface_folder_is_evaluated_as_its_checkpoint_is(run, report):
-    from safetensors.torch import save_file
-
     save_run(random_model())
-    hf_config, state = random_model().to_huggingface()
-    Path("hf").mkdir()
-    Path("hf/config.json").write_text(json.dumps(hf_config))
-    save_file(state, "hf/model.safetensors")
+    save_huggingface(random_model(), "hf")
     assert report("--init_from=hf", "--dataset=tiny") == report() | {"model": "hf"}
     before = sorted(Path().rglob("*"))
     assert run("--init_from=hf", "--dataset=tiny")[0] == 0
-    assert sorted(Path().rglob("*")) == before  # there is no checkpoint to write beside
+    assert sorted(Path().rglob("*")) == before  # There is no checkpoint to write a report beside.
 
 
 def test_only_the_table_goes_to_standard_output(run):
@@ -538,8 +546,7 @@ def test_only_the_table_goes_to_standard_output(run):
     assert "device" not in out
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Mistakes
+# ---- mistakes ----
 
 
 @pytest.mark.parametrize(
@@ -562,7 +569,7 @@ def test_only_the_table_goes_to_standard_output(run):
         (["--init_from=out/b/unsaid.pt"], "--dataset=NAME"),
         (["--json=no/such/folder.json"], "--json=PATH"),
         (["--json=out"], "--json=PATH"),
-        (["--json=/proc/self/comm"], "--json=PATH"),  # a file that can be written, where no other can be made
+        (["--json=/proc/self/comm"], "--json=PATH"),  # a file in a folder that takes no other
         (["--protocol=lm_eval"], "that protocol is WikiText's"),
         (["--protocol=words"], "one of"),
         (["--device=tpu"], "device=tpu"),
@@ -575,7 +582,7 @@ def test_a_mistake_is_one_line(run, args, says):
     Path("out/b/broken.pt").write_bytes(Path("out/b/ckpt.pt").read_bytes()[:-100])
     write_dataset("short", "test", documents=["x"])
     Path("data/letters").mkdir()
-    np.zeros(99, "<u2").tofile("data/letters/test.bin")  # nanoGPT's, with GPT-2 ids
+    np.zeros(99, "<u2").tofile("data/letters/test.bin")  # nanoGPT's, of GPT-2 ids
     status, _, err = run(*args)
     assert status == 2
     assert says in err.splitlines()[-1]
@@ -592,7 +599,7 @@ def test_no_run_at_all_is_one_line(run):
 
 
 def test_a_nanogpt_checkpoint_whose_vocabulary_is_not_here_is_one_line(run):
-    """Without its dataset's meta.pkl it would pass for GPT-2's, of which it has too few ids."""
+    """Without its dataset's meta.pkl it would pass for GPT-2's, and it has too few ids for that."""
     save_run(random_model(vocab_size=65), tokenizer="", dataset="letters")
     Path("data/plain").mkdir()
     random_ids(60, 50257).tofile("data/plain/val.bin")

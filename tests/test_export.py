@@ -1,22 +1,22 @@
-"""export.py: what transformers opens, computes, tokenizes and writes is what our scripts do; and back to the bit."""
+"""export.py: transformers opens, computes and tokenizes what our scripts do, and the way back is exact to the bit."""
 
+import functools
 import json
 import os
-import pickle
+import stat
 from pathlib import Path
+
+import export
+import sample
+from lib import checkpoint, tokenizer
 
 import numpy as np
 import pytest
 import torch
+from conftest import random_model, save_nanogpt_run, save_run, write_meta_pkl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-
-import checkpoint
-import data
-import export
-import sample
-from model import GPT, GPTConfig
 
 CHARS = "\n !',.:abcdefghijklmnopqrstuvwxyz\u00e9\U0001f600"
 odd_text = st.lists(
@@ -24,45 +24,25 @@ odd_text = st.lists(
 )
 
 
+@pytest.fixture(autouse=True, scope="module")
+def each_tokenizer_once():
+    """GPT-2's vocabulary takes a third of a second to read."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer, "load", functools.cache(tokenizer.load))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def offline(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
-def random_model(**shape):
-    """A tiny model whose predictions are far from uniform; position counts most, so that greedy text varies."""
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(**dict(block_size=32, vocab_size=257, n_layer=2, n_head=2, n_embd=16) | shape)).eval()
-    for name, p in model.named_parameters():
-        torch.nn.init.normal_(p, std=2.0 if "wpe" in name else 0.3)
+def varied_model(**shape):
+    """A random model whose greedy text varies, since its positions count most."""
+    model = random_model(**dict(block_size=32) | shape)
+    torch.nn.init.normal_(model.transformer.wpe.weight, std=2.0)
     return model
-
-
-def save_run(model, **more):
-    """A checkpoint of ours, or with format=None one as nanoGPT writes it."""
-    Path("out/a").mkdir(parents=True)
-    kept = {"format": 1, "iter_num": 7, "tokenizer": "bytes", "config": {"dataset": "tiny"}} | more
-    checkpoint.save("out/a/ckpt.pt", checkpoint.weights(model) | {k: v for k, v in kept.items() if v is not None})
-
-
-def save_nanogpt_run(model, dataset, prefix=""):
-    """As nanoGPT's train.py writes it; of a compiled model each name has a prefix."""
-    whole = checkpoint.weights(model)
-    state = {prefix + k: v for k, v in whole["model"].items()}
-    config = {"dataset": dataset, "device": "cuda", "compile": bool(prefix)}
-    Path("out/a").mkdir(parents=True)
-    torch.save(
-        {"model": state, "model_args": whole["model_args"], "iter_num": 3, "config": config, "best_val_loss": 1.5},
-        "out/a/ckpt.pt",
-    )
-
-
-def write_meta_pkl(dataset, chars=CHARS):
-    itos = dict(enumerate(chars))
-    meta = {"vocab_size": len(chars), "itos": itos, "stoi": {c: i for i, c in itos.items()}}
-    Path("data", dataset).mkdir(parents=True)
-    Path("data", dataset, "meta.pkl").write_bytes(pickle.dumps(meta))
 
 
 def open_in_transformers(folder="hf"):
@@ -73,7 +53,7 @@ def open_in_transformers(folder="hf"):
 
 @pytest.fixture
 def exported(script):
-    """exported(args...) runs export.py into hf/ and gives what it prints."""
+    """exported(args...) runs export.py into hf/ and returns what it prints."""
 
     def exported(*args):
         status, out, err = script("export", "--hf_dir=hf", *args)
@@ -86,7 +66,7 @@ def exported(script):
 
 @pytest.mark.parametrize("shape", [{}, {"bias": False}, {"n_inner": 24}, {"vocab_size": 50257, "n_embd": 4}])
 def test_transformers_computes_our_logits_and_the_way_back_is_exact(exported, shape):
-    model = random_model(**shape)
+    model = varied_model(**shape)
     save_run(model, tokenizer="gpt2" if "vocab_size" in shape else "bytes")
     exported()
     theirs, _ = open_in_transformers()
@@ -109,7 +89,7 @@ def test_transformers_computes_our_logits_and_the_way_back_is_exact(exported, sh
 def test_the_tokenizer_gives_our_ids_for_any_text(spec, tmp_path):
     from transformers import AutoTokenizer
 
-    tok = data.tokenizer(spec)
+    tok = tokenizer.load(spec)
     export.write_folder(tmp_path / "hf", export.tokenizer_files(tok) | {"config.json": {"model_type": "gpt2"}}, {})
     theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert (theirs.bos_token_id, theirs.eos_token_id, len(theirs)) == (tok.eot, tok.eot, tok.vocab_size)
@@ -122,15 +102,15 @@ def test_the_tokenizer_gives_our_ids_for_any_text(spec, tmp_path):
         assert theirs.decode(ids) == text
 
     same()
-    every = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x30000)]))  # byte by byte, and no surrogates
+    every = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x30000)]))  # all but the surrogates
     for text in (every[i : i + 5000] for i in range(0, len(every), 40_000)):
         assert theirs.encode(text) == tok.encode(text).tolist()
 
 
 @pytest.mark.parametrize("spec", ["gpt2", "bytes"])
 def test_greedy_text_is_that_of_sample_py(exported, script, spec):
-    tok = data.tokenizer(spec)
-    save_run(random_model(vocab_size=tok.vocab_size, block_size=64), tokenizer=spec)
+    tok = tokenizer.load(spec)
+    save_run(varied_model(vocab_size=tok.vocab_size, block_size=64), tokenizer=spec)
     exported()
     theirs, their_tok = open_in_transformers()
     for prompt in ("The end", "Über\n\n", "a <|endoftext|> b"):
@@ -146,7 +126,7 @@ def test_greedy_text_is_that_of_sample_py(exported, script, spec):
 
 
 def test_generation_stops_at_end_of_text_and_needs_no_further_setting(exported):
-    save_run(random_model())
+    save_run(varied_model())
     exported()
     theirs, _ = open_in_transformers()
     g = theirs.generation_config
@@ -155,7 +135,7 @@ def test_generation_stops_at_end_of_text_and_needs_no_further_setting(exported):
 
 @pytest.mark.parametrize("prefix", ["", "_orig_mod."])
 def test_nanogpts_surplus_rows_are_left_out(exported, prefix):
-    model = random_model(vocab_size=50304, n_embd=4, bias=False)
+    model = varied_model(vocab_size=50304, n_embd=4, bias=False)
     save_nanogpt_run(model, "openwebtext", prefix)
     assert "47 rows" in exported()
     state = load_file("hf/model.safetensors")
@@ -169,12 +149,12 @@ def test_nanogpts_surplus_rows_are_left_out(exported, prefix):
 
 
 def test_a_character_model_has_its_characters(exported, script):
-    write_meta_pkl("letters")
-    save_nanogpt_run(random_model(vocab_size=len(CHARS)), "letters")
+    write_meta_pkl("data/letters", CHARS)
+    save_nanogpt_run(varied_model(vocab_size=len(CHARS)), "letters")
     exported()
     theirs, tok = open_in_transformers()
     text = "\nit was: é, a \U0001f600!"
-    ids = data.CharTokenizer(CHARS).encode(text).tolist()
+    ids = tokenizer.CharTokenizer(CHARS).encode(text).tolist()
     assert tok.encode(text) == ids and tok.decode(ids) == text
     assert theirs.generation_config.eos_token_id is None
     outs = [script("sample", f"--init_from={f}", "--temperature=0", "--start=a")[1] for f in ("out/a", "hf")]
@@ -182,26 +162,26 @@ def test_a_character_model_has_its_characters(exported, script):
 
 
 def test_a_model_whose_tokenizer_is_not_known_goes_without(exported):
-    save_nanogpt_run(random_model(vocab_size=65), "letters")
+    save_nanogpt_run(varied_model(vocab_size=65), "letters")
     assert "data/letters/meta.pkl of its training names; put it back" in exported()
     assert sorted(os.listdir("hf")) == ["config.json", "generation_config.json", "model.safetensors"]
     assert checkpoint.open_model("hf").model.config.vocab_size == 65
 
 
 def test_a_nanogpt_run_is_trained_on_sampled_and_evaluated(script):
-    """With its characters and without biases, as its Shakespeare run is; and ours again from what that wrote."""
-    write_meta_pkl("letters")
+    """It has characters and no biases, as nanoGPT's Shakespeare run. What our training makes of it is used again."""
+    write_meta_pkl("data/letters", CHARS)
     ids = np.random.default_rng(0).integers(len(CHARS), size=900)
     for split in ("train", "val"):
         ids.astype(np.uint16).tofile(f"data/letters/{split}.bin")
-    model = random_model(vocab_size=len(CHARS), bias=False)
-    save_nanogpt_run(model, "letters", "_orig_mod.")
+    model = varied_model(vocab_size=len(CHARS), bias=False)
+    save_nanogpt_run(model, "letters")
     options = ["--dataset=letters", "--max_iters=3", "--batch_size=2", "--gradient_accumulation_steps=1"]
     options += ["--device=cpu", "--compile=False", "--block_size=32", "--out_dir=out/b"]
     status, out, err = script("train", "--init_from=out/a/ckpt.pt", *options)
     assert status == 0, err
     ours = torch.load("out/b/ckpt.pt", weights_only=True)
-    assert ours["model"].keys() == model.state_dict().keys()  # no prefix: nanoGPT strips one, but needs none
+    assert ours["model"].keys() == model.state_dict().keys()  # nanoGPT strips a prefix and needs none.
     assert ours["model_args"] == checkpoint.weights(model)["model_args"]
     for source in ("out/a", "out/b"):
         assert script("sample", f"--out_dir={source}", "--max_new_tokens=5")[0] == 0
@@ -210,7 +190,7 @@ def test_a_nanogpt_run_is_trained_on_sampled_and_evaluated(script):
 
 
 def test_a_link_to_an_empty_folder_is_written_behind(script):
-    save_run(random_model())
+    save_run(varied_model())
     Path("disk").mkdir()
     Path("hf").symlink_to("disk")
     assert script("export", "--hf_dir=hf")[0] == 0
@@ -218,7 +198,7 @@ def test_a_link_to_an_empty_folder_is_written_behind(script):
 
 
 def test_a_folder_that_holds_something_is_not_touched(script):
-    save_run(random_model())
+    save_run(varied_model())
     Path("hf").mkdir()
     assert script("export", "--hf_dir=hf")[0] == 0
     before = {p.name: p.read_bytes() for p in Path("hf").iterdir()}
@@ -230,14 +210,26 @@ def test_a_folder_that_holds_something_is_not_touched(script):
 
 
 def test_the_config_file_of_a_training_names_the_run_and_not_what_it_began_with(script):
-    save_run(random_model())
+    save_run(varied_model())
     Path("run.py").write_text('out_dir = "out/a"\ninit_from = "gpt2"\nlearning_rate = 1e-4\n')
     status, out, err = script("export", "run.py", "--hf_dir=hf")
     assert status == 0 and out.startswith("out/a/ckpt.pt -> hf"), err
 
 
+def test_folder_and_files_have_the_permissions_of_new_ones(exported):
+    """The libraries that make them would give them to their owner alone."""
+    save_run(varied_model())
+    before = os.umask(0o027)
+    try:
+        exported()
+    finally:
+        os.umask(before)
+    assert stat.filemode(Path("hf").stat().st_mode) == "drwxr-x---"
+    assert {stat.filemode(path.stat().st_mode) for path in Path("hf").iterdir()} == {"-rw-r-----"}
+
+
 def test_an_export_that_fails_leaves_no_folder(script, monkeypatch):
-    save_run(random_model())
+    save_run(varied_model())
 
     def fail(*args, **kwargs):
         raise OSError(28, "No space left on device")
@@ -249,8 +241,8 @@ def test_an_export_that_fails_leaves_no_folder(script, monkeypatch):
 
 
 def test_a_name_that_says_nothing_true_is_refused(exported, script):
-    """A folder from elsewhere may say of its tokenizer what it likes."""
-    save_run(random_model())
+    """A folder from elsewhere may name any tokenizer."""
+    save_run(varied_model())
     exported()
     settings = json.loads(Path("hf/config.json").read_text()) | {"tokenizer_spec": "wordpiece"}
     Path("hf/config.json").write_text(json.dumps(settings))

@@ -2,19 +2,16 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
-import pytest
-import torch
-from conftest import TINY, rows, same_final_weights
-from torch.nn import functional as F
-
-import checkpoint
-import runtime
+from lib import checkpoint, runtime
 from model import GPT, ChunkedCrossEntropy, GPTConfig
 from muon import orthogonalize
 
-ROOT = Path(runtime.__file__).parent
+import pytest
+import torch
+from conftest import ROOT, TINY, rows, same_final_weights
+from torch.nn import functional as F
+
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
 
 
@@ -116,12 +113,12 @@ def test_cached_sampling_writes_what_uncached_does(dtype):
 def test_saving_goes_on_in_the_background_and_holds_what_it_was_given(tmp_path):
     state = {"model": {"a": torch.ones(1 << 20, device="cuda")}, "model_args": {}}
     state["model"]["b"] = state["model"]["a"]  # tied
-    writer, errors = checkpoint.Writer(), []
-    writer.write(tmp_path / "x.pt", state, [], errors.append)
-    state["model"]["a"].zero_()
-    writer.finished(wait=True)
+    with checkpoint.Writer() as writer:
+        writer.write(tmp_path / "x.pt", state)
+        state["model"]["a"].zero_()
+        (write,) = writer.ended(wait=True)
     loaded = checkpoint.load(tmp_path / "x.pt")["model"]
-    assert errors == [None] and loaded["a"].sum() == 1 << 20 and loaded["a"].device.type == "cpu"
+    assert write.error is None and loaded["a"].sum() == 1 << 20 and loaded["a"].device.type == "cpu"
     assert (tmp_path / "x.pt").stat().st_size < 5 << 20  # stored once
 
 

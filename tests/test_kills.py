@@ -11,15 +11,13 @@ import socket
 import sys
 import time
 
+import train as train_py
+from lib import checkpoint, settings
+from lib.settings import UserError
+
 import pytest
 import torch
 from conftest import TINY
-
-import checkpoint
-import config
-import data
-import runtime
-import train as train_py
 
 pytestmark = pytest.mark.stress
 
@@ -50,7 +48,7 @@ def process_main(folder, args, env):
     os.dup2(log, 2)
     sys.argv = ["train.py", *args]
     torch.set_num_threads(1)
-    config.run(train_py.main, checkpoint.CheckpointError, data.DataError, runtime.RuntimeChoiceError)
+    settings.run(train_py.main)
 
 
 class Run:
@@ -135,7 +133,7 @@ def test_killed_at_random_moments_a_run_ends_at_the_same_bits(corpus, name):
         if (broken.out / "ckpt.pt").exists():
             try:
                 checkpoint.load(broken.out / "ckpt.pt")
-            except checkpoint.CheckpointError:
+            except UserError:
                 unreadable += 1
     broken.finish()
     different += not same(broken.outcome(), wanted)

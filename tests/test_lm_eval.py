@@ -1,21 +1,23 @@
 """Our `lm_eval` protocol against EleutherAI's lm-evaluation-harness itself.
 
-    pip install "lm-eval[hf]" && python -m pytest -m slow tests/test_lm_eval.py
+    pip install "lm-eval[hf]" && WIKITEXT_RAW=FOLDER python -m pytest -m slow tests/test_lm_eval.py
 
-The harness's own task `wikitext` scores pages that lie on this disk, with a model that export.py wrote.
+The harness's own task `wikitext` scores pages of the folder's raw files, with a model that export.py wrote.
 """
 
 import importlib.util
+import itertools
 import json
 from pathlib import Path
 
+import prepare_wikitext103 as wikitext103
+from lib import data, prepare, tokenizer
+
 import numpy as np
 import pytest
+from conftest import WIKITEXT, needs_wikitext
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-import data
-import prepare_wikitext103 as prepare
 
 pytestmark = [
     pytest.mark.slow,
@@ -24,14 +26,12 @@ pytestmark = [
         reason='lm-evaluation-harness is not installed: pip install "lm-eval[hf]"',
     ),
 ]
-REAL = Path(prepare.__file__).parent.parent / "shared" / "data" / "wikitext"
-needs_wikitext = pytest.mark.skipif(not REAL.is_dir(), reason=f"WikiText's raw files are not in {REAL}")
 
 
 def harness_pages(split):
-    """The pages as the harness's data set on the hub has them, by the rule of the script that made it."""
+    """The pages of the harness's data set on the hub, by the rule of the script that made it."""
     pages, page = [], None
-    for line in (REAL / prepare.RAW[split]).read_bytes().decode().split("\n"):
+    for line in (WIKITEXT / wikitext103.RAW[split]).read_bytes().decode().split("\n"):
         stripped = line.replace("= = =", "===").replace("= =", "==").strip()
         if stripped.startswith("= ") and stripped.endswith(" ="):
             page = []
@@ -71,20 +71,20 @@ marks += [f" {m} " for m in ":;.!?,"] + ["= ", "= = = =", " ° ", " \n", "\n ", 
 @settings(max_examples=2000, deadline=None, database=None)
 @given(text=st.lists(st.sampled_from(marks) | st.text(max_size=3), max_size=25).map("".join))
 def test_any_text_is_detokenized_as_the_harness_does(text):
-    assert prepare.detokenize(text) == detokenizer()(text)
+    assert wikitext103.detokenize(text) == detokenizer()(text)
 
 
 @needs_wikitext
 @pytest.mark.parametrize(("split", "number"), [("val", 60), ("test", 62)])
 def test_wikitexts_pages_are_those_of_the_harness(split, number):
     theirs = [(detokenizer()(page), len(page.encode())) for page in harness_pages(split)]
-    pieces = prepare.page_pieces(split, prepare.file_rows(REAL / prepare.RAW[split]))
+    pieces = wikitext103.page_pieces(split, wikitext103.file_rows(WIKITEXT / wikitext103.RAW[split]))
     ours = [(text, counts["bytes"]) for name, text, _, counts in pieces if name == f"{split}_lm_eval"]
     assert len(ours) == number and ours == theirs
 
 
 def harness_figures(folder, pages, batch_size):
-    """What simple_evaluate() says of a folder's model by the task `wikitext`, on these pages instead of its own."""
+    """The figures of simple_evaluate() for a folder's model by the task `wikitext`, on these pages and not its own."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks.wikitext import preprocess_wikitext
@@ -107,14 +107,15 @@ def harness_figures(folder, pages, batch_size):
 
 
 @needs_wikitext
-@pytest.mark.parametrize(("spec", "n_pages", "steps"), [("bytes", 62, 1500), ("gpt2", 3, 20)])
+@pytest.mark.parametrize(("spec", "n_pages", "steps"), [("bytes", 6, 1500), ("gpt2", 3, 20)])
 def test_the_figures_are_those_of_the_harness(script, tmp_path, monkeypatch, spec, n_pages, steps):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    pieces = list(prepare.page_pieces("test", prepare.file_rows(REAL / prepare.RAW["test"])))
-    pieces = pieces[:n_pages] + pieces[62 : 62 + n_pages]  # of the split itself, and for lm_eval
-    train = [("train", "".join(page), True) for page in prepare.pages(prepare.file_rows(REAL / prepare.RAW["val"]))]
-    data.write("wiki", data.tokenizer(spec), [*train[:20], *pieces], 1)
+    pieces = list(wikitext103.page_pieces("test", wikitext103.file_rows(WIKITEXT / wikitext103.RAW["test"])))
+    pieces = pieces[:n_pages] + pieces[62 : 62 + n_pages]  # pages of the split itself, then those for lm_eval
+    pages = wikitext103.pages(wikitext103.file_rows(WIKITEXT / wikitext103.RAW["val"]))
+    train = [("train", "".join(page), True) for page in itertools.islice(pages, 20)]
+    prepare.write("wiki", tokenizer.load(spec), [*train, *pieces], 1)
     shape = ["--n_layer=2", "--n_head=4", "--n_embd=64", "--block_size=64", "--dropout=0.0"]
     settings = ["--dataset=wiki", "--device=cpu", "--compile=False", "--eval_interval=0", "--learning_rate=6e-3"]
     settings += ["--batch_size=16", "--gradient_accumulation_steps=1", "--warmup_iters=50", f"--max_iters={steps}"]
@@ -132,6 +133,6 @@ def test_the_figures_are_those_of_the_harness(script, tmp_path, monkeypatch, spe
     theirs = harness_figures("hf", harness_pages("test")[:n_pages], batch_size=8)
     mine = [result[k] for k in ("word_ppl", "byte_ppl", "bits_per_byte")]
     assert mine == pytest.approx(theirs, rel=1e-4)
-    if spec == "bytes":  # it has learned to use its context, so windows of another kind would show
+    if spec == "bytes":  # This model has learned to use its context, so other windows would show.
         assert ours("--protocol=lm_eval", "--block_size=4")["nll"] > 1.05 * result["nll"]
     print(f"{spec}: ours {mine}, the harness's {theirs}")

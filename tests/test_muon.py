@@ -1,10 +1,10 @@
 """Muon against the singular value decomposition, its definition written out, and torch's AdamW."""
 
-import pytest
-import torch
-
 from model import GPT, GPTConfig
 from muon import Muon, orthogonalize
+
+import pytest
+import torch
 
 
 def randn(*shape, seed=0):

@@ -1,19 +1,16 @@
 """plot.py: the curves are the rows of metrics.jsonl, and the picture shows them."""
 
 import json
-import runpy
-import sys
 from pathlib import Path
+
+import plot
 
 import matplotlib.figure
 import matplotlib.image
 import pytest
+from conftest import refusal
 from matplotlib.colors import to_rgb
 
-import config
-import plot
-
-ROOT = Path(plot.__file__).parent
 ROWS = [
     {"step": 0, "tokens": 0, "val_loss": 5.5},
     {"step": 10, "tokens": 1000, "loss": 4.25, "lr": 0.1},
@@ -28,7 +25,7 @@ def write_run(folder, rows=ROWS):
 
 
 def colours(path):
-    """Which of matplotlib's first line colours a PNG has; the later ones hold a grey."""
+    """The first six of matplotlib's line colours that a PNG has. One of the later colours is a grey."""
     assert Path(path).read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     pixels = matplotlib.image.imread(path)[..., :3]
     return {f"C{i}" for i in range(6) if (abs(pixels - to_rgb(f"C{i}")).max(axis=-1) < 0.003).any()}
@@ -40,20 +37,8 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """run("out/a", ...) runs the script as it stands: (exit status, standard output, standard error)."""
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["plot.py", *args])
-        capsys.readouterr()
-        status = 0
-        try:
-            runpy.run_path(str(ROOT / "plot.py"), run_name="__main__")
-        except SystemExit as end:
-            status = end.code
-        return status, *capsys.readouterr()
-
-    return run
+def run(script):
+    return lambda *args: script("plot", *args)
 
 
 @pytest.mark.parametrize("path", ["out/a", "out/a/metrics.jsonl"])
@@ -116,8 +101,8 @@ def test_the_ending_names_the_kind_of_picture(run, out, begins):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        (b"", "no rows yet"),
-        (b'{"step": 1, "tokens": 5}\n', "no rows yet"),
+        (b"", "no losses yet"),
+        (b'{"step": 1, "tokens": 5}\n', "no losses yet"),
         (b'{"tokens": 5, "loss": 1.0}\n{"tok\n', "is not the metrics of a run"),
         (b'{"step": 5, "loss": 1.0}\n', "is not the metrics of a run"),
         (b"17\n", "is not the metrics of a run"),
@@ -155,8 +140,7 @@ def test_a_mistake_is_one_line(run, args, says):
 
 
 def test_reading_metrics_raises_what_the_script_catches():
-    with pytest.raises(config.UserError):
-        plot.read_metrics("nothing")
+    assert refusal(plot.read_metrics, "nothing").startswith("nothing: ")
 
 
 def test_a_last_row_cut_short_by_a_kill_is_left_out():

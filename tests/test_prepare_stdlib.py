@@ -1,35 +1,19 @@
-"""prepare_stdlib.py on a small library of this test's own making."""
+"""prepare_stdlib.py on a small library that the tests write."""
 
-import runpy
-import sys
 import sysconfig
 from pathlib import Path
 
-import numpy as np
+from lib import data, tokenizer
+
+import conftest
 import pytest
 
-import data
-import prepare_stdlib
-
-ROOT = Path(prepare_stdlib.__file__).parent
 LEFT_OUT = ["test/a.py", "json/tests/b.py", "idlelib/idle_test/c.py", "site-packages/d.py", "dist-packages/e/f.py"]
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """run("--key=value", ...) runs the script as it stands: (exit status, standard output, standard error)."""
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["prepare_stdlib.py", *args])
-        capsys.readouterr()
-        status = 0
-        try:
-            runpy.run_path(str(ROOT / "prepare_stdlib.py"), run_name="__main__")
-        except SystemExit as end:
-            status = end.code
-        return status, *capsys.readouterr()
-
-    return run
+def run(script):
+    return lambda *args: script("prepare_stdlib", *args)
 
 
 @pytest.fixture(autouse=True)
@@ -48,10 +32,7 @@ def library(tmp_path, monkeypatch):
 
 
 def documents(split):
-    """The texts that the end-of-texts of a split precede."""
-    ids, tok = data.Dataset("stdlib").tokens(split), data.BytesTokenizer()
-    assert ids[0] == tok.eot
-    return [tok.decode(part.tolist()).decode() for part in np.split(ids, np.flatnonzero(ids == tok.eot)[1:])]
+    return conftest.documents("stdlib", split, tokenizer.BytesTokenizer())
 
 
 def test_the_modules_are_shared_out_without_tests_and_installed_packages(run, library):
@@ -59,7 +40,7 @@ def test_the_modules_are_shared_out_without_tests_and_installed_packages(run, li
     assert status == 0
     assert documents("val") == library[::20]
     assert documents("train") == [text for i, text in enumerate(library) if i % 20]
-    assert "45" not in out
+    assert "45 documents" not in out
     assert "data/stdlib: tokenizer bytes, 257 ids" in out
     assert "42 documents" in out
 
@@ -75,7 +56,7 @@ def test_a_second_run_says_so_and_changes_nothing(run):
     before = {p: (p.stat().st_mtime_ns, p.stat().st_ino, p.read_bytes()) for p in Path("data/stdlib").iterdir()}
     status, out, _ = run("--val_every=3")
     assert status == 0
-    assert out == "data/stdlib is there already; remove the folder to prepare it again\n"
+    assert out == "data/stdlib exists already; remove the folder to prepare it again\n"
     assert {p: (p.stat().st_mtime_ns, p.stat().st_ino, p.read_bytes()) for p in Path("data/stdlib").iterdir()} == before
 
 

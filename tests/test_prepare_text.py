@@ -1,18 +1,19 @@
-"""prepare_text.py: which files, in which order, shared out how; and what a mistake leaves behind."""
+"""prepare_text.py: the files and their order, the two splits, and what a mistake leaves behind."""
 
 import json
-import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import prepare_text
+from lib import data, tokenizer
+
+import conftest
 import numpy as np
 import pytest
+from conftest import ROOT
 
-import data
-import prepare_text
-
-ROOT = Path(prepare_text.__file__).parent
+BYTES = tokenizer.BytesTokenizer()
 
 
 def write(files):
@@ -21,16 +22,12 @@ def write(files):
         Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
-def documents(split, name="mine", kind=data.BytesTokenizer):
-    """The texts that the end-of-texts of a split precede."""
-    ids, tok = data.Dataset(name).tokens(split), kind()
-    assert ids[0] == tok.eot
-    ends = np.flatnonzero(ids == tok.eot)
-    return [tok.decode(part[1:].tolist()).decode() for part in np.split(ids, ends[1:])]
+def documents(split, tok=BYTES):
+    return conftest.documents("mine", split, tok)
 
 
 def all_documents():
-    """Those of both splits, as a sorted list."""
+    """The documents of both splits in alphabetical order."""
     return sorted(documents("train") + documents("val"))
 
 
@@ -41,28 +38,11 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """run("a.txt", "--key=value", ...) runs the script as it stands: (exit status, standard output, standard error)."""
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["prepare_text.py", *map(str, args)])
-        capsys.readouterr()
-        status = 0
-        try:
-            runpy.run_path(str(ROOT / "prepare_text.py"), run_name="__main__")
-        except SystemExit as end:
-            status = end.code
-        return status, *capsys.readouterr()
-
-    return run
-
-
-@pytest.fixture
-def prepare(run):
-    """prepare("a.txt", ...) makes data/mine with the bytes tokenizer and returns what the script says."""
+def prepare(script):
+    """prepare("a.txt", ...) makes data/mine with the bytes tokenizer, and returns the standard output of the script."""
 
     def prepare(*args):
-        status, out, err = run(*args, "--dataset=mine", "--tokenizer=bytes")
+        status, out, err = script("prepare_text", *args, "--dataset=mine", "--tokenizer=bytes")
         assert status == 0, err
         return out
 
@@ -70,11 +50,11 @@ def prepare(run):
 
 
 @pytest.fixture
-def mistake(run):
-    """mistake("a.txt", ...) is the line with which the script ends, for the dataset `mine`."""
+def mistake(script):
+    """mistake("a.txt", ...) is the line with which the script ends for the dataset `mine`."""
 
     def mistake(*args):
-        status, _, err = run(*args, "--dataset=mine", "--tokenizer=bytes")
+        status, _, err = script("prepare_text", *args, "--dataset=mine", "--tokenizer=bytes")
         assert status == 2
         assert "Traceback" not in err
         return err.splitlines()[-1]
@@ -82,8 +62,7 @@ def mistake(run):
     return mistake
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Which files
+# ---- which files ----
 
 TREE = {
     "texts/b.txt": "second",
@@ -106,7 +85,7 @@ TREE = {
         (["texts/*.txt", "other.txt"], ["second", "other"]),
         (["texts/**/*.txt"], ["first", "second", "fourth"]),
         (["other.txt", "texts/b.txt", "texts", "*.txt"], ["other", "second", "first", "third, Markdown", "fourth"]),
-        (["texts/.hidden.txt", "other.txt"], ["hidden", "other"]),  # named, so wanted
+        (["texts/.hidden.txt", "other.txt"], ["hidden", "other"]),  # A file that is named is wanted.
         (["texts/d/.cache", "other.txt"], ["hidden further down", "other"]),
         (["texts/d/../b.txt", "texts/../other.txt"], ["second", "other"]),
         (["../here/texts/d/../a", "../here/other.txt"], ["first", "other"]),
@@ -141,18 +120,17 @@ def test_empty_files_are_left_out_and_that_is_said(prepare):
     assert "left out" not in prepare("t/a.txt", "t/d.txt", "--overwrite=True")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What the dataset holds
+# ---- what the dataset holds ----
 
 
-@pytest.mark.parametrize("kind", [data.BytesTokenizer, data.Gpt2Tokenizer])
-def test_the_tokenizer_is_the_one_asked_for(run, kind):
+@pytest.mark.parametrize("kind", [tokenizer.BytesTokenizer, tokenizer.Gpt2Tokenizer])
+def test_the_tokenizer_is_the_one_asked_for(script, kind):
     texts = {"a.txt": "The first – page.\n", "b.txt": "\n  Straße\r\n", "c.txt": "<|endoftext|> as text\n"}
     write(texts)
-    asked = [f"--tokenizer={kind.spec}"] if kind.spec != "gpt2" else []  # which is the default
-    assert run(*texts, "--dataset=mine", "--val_fraction=0", *asked)[0] == 0
+    asked = [f"--tokenizer={kind.spec}"] if kind.spec != "gpt2" else []  # gpt2 is the default.
+    assert script("prepare_text", *texts, "--dataset=mine", "--val_fraction=0", *asked)[0] == 0
     assert data.Dataset("mine").tokenizer_spec == kind.spec
-    assert documents("train", kind=kind) == list(texts.values())
+    assert documents("train", kind()) == list(texts.values())
 
 
 def test_the_counts_are_those_of_the_text(prepare):
@@ -197,7 +175,7 @@ def test_documents_of_one_file_are_shared_out_whole(prepare):
     texts = [f"Märchen {i}\n\n und {i}" for i in range(40)]
     write({"a.txt": "\n<|endoftext|>\n".join(texts)})
     prepare("a.txt", "--separator=<|endoftext|>", "--val_fraction=0.2")
-    assert documents("val") == [text for text in texts if text in documents("val")]  # in their order
+    assert documents("val") == [text for text in texts if text in documents("val")]  # in their order in the file
     assert documents("train") == [text for text in texts if text not in documents("val")]
     assert len(documents("val")) == 8
 
@@ -209,12 +187,11 @@ def test_a_file_of_megabytes_without_a_line_end_is_read_whole(prepare, unit, siz
     write({"a.txt": text})
     prepare("a.txt", "--val_fraction=0")
     ids = data.Dataset("mine").tokens("train")
-    assert ids[0] == data.BytesTokenizer.eot
+    assert ids[0] == BYTES.eot
     assert ids[1:].astype(np.uint8).tobytes() == text.encode()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The validation split
+# ---- the validation split ----
 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.1, 0.5, 0.9])
@@ -226,7 +203,7 @@ def test_the_validation_split_is_about_the_share_asked_for_and_never_none_or_all
         assert chosen.shape == (count,)
         assert chosen.any()
         assert not chosen.all()
-        # no better than a document more or less
+        # The share is right to within one document.
         assert abs(sizes[chosen].sum() - fraction * sizes.sum()) <= sizes.max()
 
 
@@ -252,7 +229,7 @@ def test_two_documents_are_one_for_each_split(prepare, fraction):
 @pytest.mark.parametrize("end", ["\n", "", "\r\n"])
 @pytest.mark.parametrize(("lines", "fraction"), [(1000, 0.1), (1000, 0.01), (1000, 0.7), (3, 0.01), (2, 0.5), (2, 0.9)])
 def test_of_a_single_document_the_last_lines_are_the_validation_split(prepare, lines, fraction, end):
-    """The two parts are the text, cut at a line's end, a line at most from the share asked for."""
+    """The two parts make up the text. It is cut at a line end, at most a line away from the share asked for."""
     text = (end or "\n").join(f"Zeile äöü {i}" for i in range(lines)) + end
     write({"a.txt": text})
     prepare("a.txt", f"--val_fraction={fraction}")
@@ -280,18 +257,17 @@ def test_a_val_fraction_of_0_makes_no_validation_split(prepare):
     assert sorted(p.name for p in Path("data/mine").iterdir()) == ["meta.json", "train.bin"]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Memory
+# ---- memory ----
 
 
 def peak_memory(megabytes):
-    """The most bytes that the script had in memory for a text of this size, Python and numpy included."""
+    """The peak memory of the script in bytes for a text of this size, with Python and numpy."""
     line = "Die Größe des Textes sind viele MB, und keine Zeile ist wie die andere.\n"
     with open("big.txt", "w", encoding="utf-8") as f:
         for _ in range(megabytes):
             f.write(line * ((1 << 20) // len(line.encode())))
     command = [sys.executable, str(ROOT / "prepare_text.py"), "big.txt", "--dataset=big", "--tokenizer=bytes"]
-    # A process in between: that a child has been forked from this large one would count as its memory.
+    # The memory of this large process would count for a child that is forked from it. So another process is in between.
     measure = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True); "
     measure += "print('peak', resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
     arguments = [sys.executable, "-c", measure, *command, "--threads=2", "--overwrite=True"]
@@ -308,8 +284,7 @@ def test_the_memory_needed_does_not_grow_with_the_text():
     assert large - small < 32e6
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Mistakes
+# ---- mistakes ----
 
 
 @pytest.mark.parametrize(
@@ -318,7 +293,7 @@ def test_the_memory_needed_does_not_grow_with_the_text():
         ("a.txt", b"word"),
         ("b.txt", b"x" * (1 << 20)),
         ("b.txt", b"x" * ((1 << 21) + 77)),
-        ("b.txt", b"x" * ((1 << 20) - 1) + "über".encode()),  # whose first character is read in two parts
+        ("b.txt", b"x" * ((1 << 20) - 1) + "über".encode()),  # two bytes of one character in two reads
     ],
 )
 def test_bytes_that_are_not_utf8_are_named_by_file_and_offset_and_leave_no_dataset(mistake, name, before):
@@ -340,14 +315,14 @@ def test_a_mistake_leaves_an_older_dataset_as_it_was(prepare, mistake):
 def test_a_dataset_that_is_there_is_replaced_only_when_asked(prepare, mistake):
     write({"a.txt": "one\n", "b.txt": "two\n", "c.txt": "three\n"})
     prepare("a.txt", "b.txt")
-    assert mistake("b.txt", "c.txt").endswith("data/mine is there already; --overwrite=True replaces it")
+    assert mistake("b.txt", "c.txt").endswith("data/mine exists already; --overwrite=True replaces it")
     assert all_documents() == ["one\n", "two\n"]
     prepare("b.txt", "c.txt", "--overwrite=True")
     assert all_documents() == ["three\n", "two\n"]
 
 
 def test_the_text_may_lie_in_the_folder_of_the_dataset(prepare):
-    """As nanoGPT's data/shakespeare_char/input.txt does."""
+    """In nanoGPT, data/shakespeare_char/input.txt does."""
     text = "one\ntwo\nthree\n" * 50
     write({"data/mine/input.txt": text})
     prepare("data/mine/input.txt")
@@ -356,18 +331,19 @@ def test_the_text_may_lie_in_the_folder_of_the_dataset(prepare):
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "../a", "a/", "/a", ".a", ".", ".."])
-def test_a_dataset_takes_a_plain_name(run, folder, name):
+def test_a_dataset_takes_a_plain_name(script, folder, name):
     write({"a.txt": "one\n", "b.txt": "two\n"})
-    status, out, err = run("a.txt", "b.txt", "--tokenizer=bytes", f"--dataset={name}")
+    status, out, err = script("prepare_text", "a.txt", "b.txt", "--tokenizer=bytes", f"--dataset={name}")
     assert (status, out) == (2, "")
     assert f"--dataset={name}: give the data a name" in err
     assert len(err.splitlines()) == 1
     assert sorted(p.name for p in folder.iterdir()) == ["a.txt", "b.txt"]
 
 
-def test_no_name_is_a_mistake(run):
+def test_no_name_is_a_mistake(script):
     write({"a.txt": "one\n"})
-    assert run("a.txt")[::2] == (2, "prepare_text.py: --dataset=: give the data a name, such as --dataset=books\n")
+    status, _, err = script("prepare_text", "a.txt")
+    assert (status, err) == (2, "prepare_text.py: --dataset=: give the data a name, such as --dataset=books\n")
 
 
 @pytest.mark.parametrize(

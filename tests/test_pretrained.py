@@ -1,66 +1,90 @@
-"""Published weights from a hub, over the loopback: fine-tuning, sampling and evaluation start from them."""
+"""Published weights come from a hub on the loopback: fine-tuning, sampling and evaluation start from them."""
 
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
+
+from lib import huggingface, tokenizer
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import ROOT, TINY, random_model, same_bits, weights, write_corpus
 from hub import Hub
+from huggingface_hub import constants
 from safetensors.torch import save
 
-import checkpoint
-import train as train_py
-from model import GPT, GPTConfig
 
-ROOT = Path(train_py.__file__).parent
-
-
-@pytest.fixture
+@pytest.fixture(scope="module")
 def published():
-    """A tiny GPT-2 as the hub holds the real ones: names without `transformer.`, masks beside the weights."""
-    torch.manual_seed(1)
-    model = GPT(GPTConfig(block_size=32, vocab_size=257, n_layer=2, n_head=2, n_embd=16))
-    config, state = model.to_huggingface()
+    """(state dict, files) of a tiny GPT-2 as the hub holds the real ones.
+
+    The names do not begin with `transformer.`, and the causal masks stand beside the weights.
+    """
+    model = random_model(block_size=32, vocab_size=50257, n_embd=4)
+    config, state = huggingface.convert(model)
     state = {k.removeprefix("transformer."): v for k, v in state.items()}
     state |= {f"h.{i}.attn.bias": torch.ones(1, 1, 32, 32) for i in range(2)}
     files = {"config.json": json.dumps(config).encode(), "model.safetensors": save(state)}
-    return model, files | {"pytorch_model.bin": b"a pickle that nobody should fetch"}
+    return model.state_dict(), files | {"pytorch_model.bin": b"a pickle that nobody should fetch"}
 
 
-def run(hub, tmp_path, script, *args):
-    env = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1"}
-    command = [sys.executable, str(ROOT / script), *args]
-    return subprocess.run(command, env=env | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120)
+@pytest.fixture
+def use(monkeypatch, tmp_path):
+    """use(url) makes this process take the hub's files from there, and without an url from its cache alone."""
+
+    def use(url=""):
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf/hub"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", not url)
+
+    return use
 
 
-def test_fine_tuning_starts_from_published_weights_and_fetches_no_pickle(corpus, tmp_path, published):
-    model, files = published
+def test_training_sampling_and_evaluation_start_from_published_weights(corpus, script, use, published):
+    state, files = published
+    write_corpus("pages", tokenizer.load("gpt2"))
     with Hub({"openai-community/gpt2": files}) as hub:
-        args = [*TINY, "--init_from=gpt2", "--out_dir=out/ft", "--max_iters=2", "--block_size=32", "--dropout=0"]
-        first = run(hub, tmp_path, "train.py", *args, "--learning_rate=0", "--min_lr=0")
+        use(hub.url)
+        shape = ["--block_size=32", "--n_embd=4", "--dropout=0"]
+        rate = ["--learning_rate=0", "--min_lr=0", "--max_iters=2"]
+        status, out, err = script(
+            "train", *TINY, "--dataset=pages", "--init_from=gpt2", *shape, *rate, "--out_dir=out/a"
+        )
+        assert status == 0 and "starting from gpt2" in out, err
+        status, _, err = script("sample", "--init_from=gpt2", "--max_new_tokens=5", "--device=cpu")
+        assert status == 0 and "gpt2: step 0" in err
+        status, out, err = script("eval", "--init_from=gpt2", "--dataset=pages", "--protocol=stream", "--device=cpu")
+        assert status == 0 and "pages, test split, gpt2" in out, err
+    assert same_bits(weights("out/a/final.pt"), state)  # At a rate of 0 they are what was published.
+
+
+def test_no_pickle_is_fetched_and_what_was_fetched_needs_no_network(script, use, tmp_path, published):
+    """The environment names the hub, as a user's does."""
+    args = ["--init_from=gpt2", "--max_new_tokens=5", "--device=cpu"]
+    with Hub({"openai-community/gpt2": published[1]}) as hub:
+        env = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
+        command = [sys.executable, str(ROOT / "sample.py"), *args]
+        first = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
         assert first.returncode == 0, first.stderr
-        assert "starting from gpt2" in first.stdout
-        assert not any("bin" in answer for answer in hub.answers)
-        assert not list((tmp_path / "hf").rglob("pytorch_model.bin"))
-        sampled = run(hub, tmp_path, "sample.py", "--init_from=gpt2", "--max_new_tokens=5", "--device=cpu")
-        assert sampled.returncode == 0, sampled.stderr
-    trained = checkpoint.open_model("out/ft/final.pt").model
-    for a, b in zip(trained.state_dict().values(), model.state_dict().values(), strict=True):
-        assert torch.equal(a, b)  # at a rate of 0 they are what was published
+        assert sum(answer.startswith("resolve GET") for answer in hub.answers) == len(huggingface.FILES)
+    assert sorted(path.name for path in (tmp_path / "hf").rglob("*") if path.is_symlink()) == [*huggingface.FILES]
+    use()
+    status, out, err = script("sample", *args)
+    assert (status, out) == (0, first.stdout), err
 
 
-@pytest.mark.parametrize("fault", ["no such name", "no safetensors", "unreachable"])
-def test_a_hub_without_the_model_is_one_line(corpus, tmp_path, published, fault):
-    _, files = published
-    files = {"config.json": files["config.json"]} if fault == "no safetensors" else files
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [("someone/else", "no such name"), ("gpt2", "no safetensors"), ("gpt2", "unreachable"), ("gpt2", "an error")],
+)
+def test_a_hub_without_the_model_is_one_line(corpus, script, use, published, name, fault):
+    files = {k: v for k, v in published[1].items() if fault != "no safetensors" or k == "config.json"}
     with Hub({"openai-community/gpt2": files}) as hub:
-        if fault == "unreachable":
-            hub.url = "http://127.0.0.1:9"
-        name = "someone/else" if fault == "no such name" else "gpt2"
-        done = run(hub, tmp_path, "sample.py", f"--init_from={name}")
-    assert done.returncode == 2 and "Traceback" not in done.stderr and done.stdout == ""
-    assert f"{name} cannot be opened" in done.stderr.splitlines()[-1]
+        hub.faults = {"model.safetensors": [500] * 9} if fault == "an error" else {}
+        use("http://127.0.0.1:9" if fault == "unreachable" else hub.url)
+        status, out, err = script("sample", f"--init_from={name}")
+    assert (status, out) == (2, "")
+    says = "has no model.safetensors" if fault == "no safetensors" else "cannot be had from the hub"
+    assert err.splitlines()[-1].startswith(f"sample.py: {name} {says}")

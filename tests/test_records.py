@@ -1,15 +1,14 @@
-"""The tables of the records are those of the metrics that lie beside them."""
+"""The tables of the records are computed from the metrics beside them."""
 
 import json
 import statistics
 import sys
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
-ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "records"))
-import summary  # noqa: E402
+import summary
 
 FOLDERS = [p for p in (ROOT / "records").iterdir() if p.is_dir() and p.name != "__pycache__"]
 
@@ -24,7 +23,7 @@ def test_summary_takes_the_seeds_of_a_name_together(tmp_path):
     final, best = [2.0, 1.5, 3.0], [2.0, 1.0, 2.0]
     means = [f"{statistics.mean(v):.4f} ± {statistics.stdev(v):.4f}" for v in (final, best)]
     assert a == f"| a-b | 3 | 3 | {means[0]} | {means[1]} |"
-    for seed in range(2):  # of the third seed it is not known
+    for seed in range(2):  # The third seed has no report.
         (tmp_path / f"a-b-s{seed}.json").write_text('{"results": [{"bits_per_byte": 2.5}, {"bits_per_byte": 9.0}]}')
     (tmp_path / "c-s1.json").write_text('{"results": [{"bits_per_byte": 2.25}]}')
     c, a = summary.table(tmp_path).splitlines()[2:]

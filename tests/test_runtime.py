@@ -1,14 +1,13 @@
-"""runtime.py: what `auto` chooses on machines that are not here, refusals, peaks by name, stop signals."""
+"""runtime.py: what `auto` chooses on machines that are not here, refusals, peaks by name, memory."""
 
-import os
-import signal
-import time
-from concurrent.futures import ThreadPoolExecutor
+import train
+from lib import runtime
+from lib.settings import UserError
+from model import GPTConfig
 
 import pytest
 import torch
-
-import runtime
+from conftest import refusal
 
 
 def pretend(monkeypatch, cuda=None, mps=False):
@@ -58,7 +57,7 @@ def test_what_is_named_is_taken_without_reasons(monkeypatch):
 )
 def test_what_is_not_here_is_refused(monkeypatch, asked, says):
     pretend(monkeypatch)
-    with pytest.raises(runtime.RuntimeChoiceError, match=says) as error:
+    with pytest.raises(UserError, match=says) as error:
         runtime.choose(**asked)
     assert "\n" not in str(error.value)
 
@@ -71,7 +70,7 @@ def test_each_local_process_has_a_gpu_of_its_own(monkeypatch):
     rt = runtime.choose("cuda")
     assert str(rt.device) == "cuda:2" and (rt.rank, rt.world_size) == (6, 8)
     monkeypatch.setenv("LOCAL_RANK", "4")
-    with pytest.raises(runtime.RuntimeChoiceError, match="sees 4 CUDA devices"):
+    with pytest.raises(UserError, match="sees 4 CUDA devices"):
         runtime.choose("cuda")
 
 
@@ -113,33 +112,35 @@ def test_running_out_of_memory_is_told_from_other_errors():
     assert not runtime.is_out_of_memory(RuntimeError("shapes do not match"))
 
 
-def test_a_second_signal_stops_at_once_but_not_within_a_second(monkeypatch):
-    handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
-    killed = []
-    try:
-        stop = runtime.StopSignal()
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGINT)  # the same request, told by somebody else too
-        time.sleep(0.01)
-        assert stop.number == signal.SIGTERM
-        monkeypatch.setattr(os, "kill", lambda pid, number: killed.append(number))
-        monkeypatch.setattr(stop, "at", stop.at - 2)
-        stop.receive(signal.SIGINT, None)
-        assert killed == [signal.SIGINT] and signal.getsignal(signal.SIGINT) == signal.SIG_DFL
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"n_layer": 10**6, "n_embd": 10**4}, "take a smaller n_layer, n_embd, n_inner or batch_size"),
+        ({"batch_size": 10**9}, "512,000,000,000 tokens in a micro-batch"),
+    ],
+)
+def test_what_can_t_fit_is_refused_before_it_is_built(settings, says):
+    s = train.Settings(**{"block_size": 512} | settings)
+    shape = GPTConfig(block_size=512, n_layer=s.n_layer, n_head=1, n_embd=s.n_embd)
+    assert says in refusal(runtime.check_memory, shape, s, runtime.choose("cpu"))
+    runtime.check_memory(GPTConfig(block_size=512), train.Settings(batch_size=1), runtime.choose("cpu"))
 
 
-def test_processes_meet_though_the_store_remembers_those_who_died():
-    """Three times three of them, each time with what is left of the meetings before."""
-    store, met = torch.distributed.HashStore(), []
-    for _ in range(3):
-        with ThreadPoolExecutor(3) as pool:
-            # The one who calls the meeting comes last, so that the others find what is left of the one before.
-            later = [pool.submit(runtime.meet, store, rank, 3) for rank in (2, 1)]
-            time.sleep(0.25)
-            names = {pool.submit(runtime.meet, store, 0, 3).result(10), *(f.result(10) for f in later)}
-        assert len(names) == 1
-        met += names
-    assert len(set(met)) == 3
+def test_only_the_first_process_speaks(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, spoken in (("0", "a line\n"), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        runtime.choose("cpu").say("a line")
+        assert capsys.readouterr().out == spoken
+
+
+def test_micro_batches_that_can_t_be_shared_out_are_refused_with_the_next_number_that_can(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    for processes, micro_batches, share in (("1", 7, 7), ("4", 8, 2), ("3", 2, None), ("5", 12, None)):
+        monkeypatch.setenv("WORLD_SIZE", processes)
+        rt = runtime.choose("cpu")
+        if share:
+            assert rt.share_of(micro_batches) == share
+        else:
+            more = {"3": 3, "5": 15}[processes]
+            assert f"--gradient_accumulation_steps={more}" in refusal(rt.share_of, micro_batches)

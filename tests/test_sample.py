@@ -1,40 +1,25 @@
 """sample.py: what it prints is what the model generates, and nothing else."""
 
-import io
-import json
-import pickle
-import runpy
+import functools
 import subprocess
 import sys
 from pathlib import Path
 
+import sample
+from lib import tokenizer
+
 import pytest
 import torch
+from conftest import ROOT, random_model, refusal, save_huggingface, save_nanogpt_run, save_run, write_meta_pkl
+from torch import nn
 from torch.nn import functional as F
 
-import checkpoint
-import config
-import data
-import sample
-from model import GPT, GPTConfig
-
-ROOT = Path(sample.__file__).parent
-EOT = data.BytesTokenizer.eot
+EOT = tokenizer.BytesTokenizer.eot
 RULE = "-" * 15 + "\n"
 
 
-def random_model(seed=0, **shape):
-    """A tiny model that finds some ids much likelier than others."""
-    torch.manual_seed(seed)
-    shape = dict(block_size=16, vocab_size=257, n_layer=2, n_head=2, n_embd=16) | shape
-    model = GPT(GPTConfig(**shape)).eval()
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.3)
-    return model
-
-
 def parrot(ids, **shape):
-    """A model that after a prompt of one token says `ids`, at any temperature: only the position decides."""
+    """A model that says `ids` after a prompt of one token at any temperature, since only the position decides."""
     model = random_model(**dict(block_size=len(ids), n_layer=1, n_head=1) | shape)
     for p in model.transformer.h.parameters():
         p.data.zero_()
@@ -47,44 +32,23 @@ def parrot(ids, **shape):
     return model
 
 
-def save_run(model, tokenizer="bytes", **more):
-    Path("out/a").mkdir(parents=True, exist_ok=True)
-    kept = {"format": checkpoint.FORMAT, "iter_num": 7, "tokenizer": tokenizer, "config": {"dataset": "tiny"}}
-    checkpoint.save("out/a/ckpt.pt", checkpoint.weights(model) | kept | more)
-
-
-def save_nanogpt(model, dataset):
-    """The file that nanoGPT's train.py leaves, as torch.compile makes its names."""
-    Path("out/a").mkdir(parents=True, exist_ok=True)
-    args = checkpoint.weights(model)["model_args"]
-    state = {f"_orig_mod.{k}": v for k, v in model.state_dict().items()}
-    kept = {"optimizer": {}, "iter_num": 2000, "best_val_loss": torch.tensor(1.5), "config": {"dataset": dataset}}
-    torch.save({"model": state, "model_args": args, **kept}, "out/a/ckpt.pt")
-
-
-def save_meta_pkl(dataset, chars):
-    Path("data", dataset).mkdir(parents=True)
-    meta = {"vocab_size": len(chars), "itos": dict(enumerate(chars)), "stoi": {c: i for i, c in enumerate(chars)}}
-    Path("data", dataset, "meta.pkl").write_bytes(pickle.dumps(meta))
-
-
-def generated(model, prompt, n, seed=1337, samples=1, tok=data.BytesTokenizer, **options):
+def generated(model, prompt, n, seed=1337, samples=1, spec="bytes", **options):
     """The texts of the ids that generate() gives, each up to its end-of-text."""
+    tok = tokenizer.load(spec)
     options = dict(temperature=0.8, top_k=200, eot=tok.eot, vocab_size=tok.vocab_size) | options
     generator = torch.Generator().manual_seed(seed)
     drawn = model.generate(torch.tensor([prompt] * samples), n, generator=generator, **options)
     rows = torch.stack(list(drawn), dim=1).tolist()
     rows = [row[: row.index(tok.eot)] if tok.eot in row else row for row in rows]
-    return [tok.decode(tok(), row).decode("utf-8", "replace") for row in rows]
+    return [tok.decode(row).decode("utf-8", "replace") for row in rows]
 
 
 @pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models as small as these only wait for a second one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def each_tokenizer_once():
+    """GPT-2's vocabulary takes a third of a second to read."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer, "load", functools.cache(tokenizer.load))
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -94,21 +58,9 @@ def folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """run("--key=value", ...) runs the script as it stands: (exit status, standard output, standard error)."""
-
-    def run(*args, stdin=b""):
-        monkeypatch.setattr(sys, "argv", ["sample.py", "--device=cpu", *args])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        capsys.readouterr()
-        status = 0
-        try:
-            runpy.run_path(str(ROOT / "sample.py"), run_name="__main__")
-        except SystemExit as end:
-            status = end.code
-        return status, *capsys.readouterr()
-
-    return run
+def run(script):
+    """run("--key=value", ...) runs the script: (exit status, standard output, standard error)."""
+    return functools.partial(script, "sample", "--device=cpu")
 
 
 @pytest.fixture
@@ -125,7 +77,7 @@ def text(run):
 
 @pytest.fixture
 def mistake(run):
-    """mistake("--key=value", ...) is the one line with which the script ends."""
+    """mistake("--key=value", ...) is the line on which the script ends."""
 
     def mistake(*args, **kwargs):
         status, out, err = run(*args, **kwargs)
@@ -136,8 +88,7 @@ def mistake(run):
     return mistake
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What is printed
+# ---- what is printed ----
 
 
 @pytest.mark.parametrize("seed", [1337, 1, 2])
@@ -152,7 +103,7 @@ def test_several_samples_are_the_texts_of_one_batch(text):
     model = random_model()
     save_run(model)
     expected = generated(model, [97, 98], 300, samples=3)
-    assert len({len(sample.encode()) for sample in expected}) > 1  # some have ended by themselves
+    assert len({len(sample.encode()) for sample in expected}) > 1  # Some have ended by themselves.
     assert text("--start=ab", "--num_samples=3", "--max_new_tokens=300") == "".join(
         f"ab{sample}\n{RULE}" for sample in expected
     )
@@ -179,7 +130,7 @@ def test_temperature_0_draws_nothing(text):
 
 @pytest.mark.parametrize("samples", [1, 2])
 def test_characters_split_over_tokens_come_out_whole(text, samples):
-    """Each byte of them is a token of its own."""
+    """Each of their bytes is a token of its own."""
     words = "naïve – 日本語 😀"
     save_run(parrot(list(words.encode())))
     shown = text("--start=x", f"--max_new_tokens={len(words.encode())}", f"--num_samples={samples}")
@@ -191,13 +142,14 @@ def test_a_character_cut_off_at_the_end_is_shown_as_such(text):
     assert text("--start=x", "--max_new_tokens=3") == "xa\ufffd\n"
 
 
-@pytest.mark.parametrize("kind", [data.BytesTokenizer, data.Gpt2Tokenizer])
+@pytest.mark.parametrize("spec", ["bytes", "gpt2"])
 @pytest.mark.parametrize("samples", [1, 2])
-def test_a_sample_stops_at_end_of_text_and_neither_prints_nor_counts_it(run, samples, kind):
-    says = [*kind().encode("hi there").tolist(), kind.eot, *kind().encode(" never").tolist()]
-    save_run(parrot(says, vocab_size=kind.vocab_size), tokenizer=kind.spec)
+def test_a_sample_stops_at_end_of_text_and_neither_prints_nor_counts_it(run, samples, spec):
+    tok = tokenizer.load(spec)
+    says = [*tok.encode("hi there").tolist(), tok.eot, *tok.encode(" never").tolist()]
+    save_run(parrot(says, vocab_size=tok.vocab_size), tokenizer=spec)
     _, shown, err = run(f"--max_new_tokens={len(says)}", f"--num_samples={samples}")
-    assert f"\n{samples * says.index(kind.eot)} tokens, " in err
+    assert f"\n{samples * says.index(tok.eot)} tokens, " in err
     assert shown == ("hi there\n" if samples == 1 else f"hi there\n{RULE}" * 2)
 
 
@@ -216,7 +168,7 @@ def test_what_the_program_says_of_itself_goes_to_standard_error(run):
 
 
 def test_a_reader_that_leaves_is_no_mistake(folder):
-    """As in `sample.py | head -c 1`."""
+    """This is `sample.py | head -c 1`."""
     save_run(random_model())
     command = [sys.executable, str(ROOT / "sample.py"), "--device=cpu", "--max_new_tokens=10_000", "--start=a"]
     with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -224,12 +176,10 @@ def test_a_reader_that_leaves_is_no_mistake(folder):
         process.stdout.close()
         err = process.stderr.read().decode()
     assert process.returncode == 141
-    assert len(err.splitlines()) == 1  # which says what is sampled from
-    assert "step 7" in err
+    assert len(err.splitlines()) == 1 and "step 7" in err
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The prompt
+# ---- the prompt ----
 
 
 def test_a_prompt_is_text_a_file_or_standard_input(text):
@@ -264,14 +214,14 @@ def test_an_empty_prompt_is_the_beginning_of_a_document(text):
     ],
 )
 def test_end_of_text_in_a_prompt_is_its_id(text, prompt, ids):
-    assert sample.encode_prompt(prompt, data.BytesTokenizer()) == ids
+    assert sample.encode_prompt(prompt, tokenizer.BytesTokenizer()) == ids
     model = random_model(1)
     save_run(model)
     assert text(f"--start={prompt}", "--max_new_tokens=20") == prompt + generated(model, ids, 20)[0] + "\n"
 
 
 def test_end_of_text_in_a_prompt_is_gpt2s_id():
-    ids = sample.encode_prompt("Hello<|endoftext|>Hello", data.Gpt2Tokenizer())
+    ids = sample.encode_prompt("Hello<|endoftext|>Hello", tokenizer.load("gpt2"))
     assert ids == [15496, 50256, 15496]
 
 
@@ -286,8 +236,9 @@ def test_of_a_long_prompt_the_end_is_read_and_all_is_printed(run):
     assert "are read" not in run(f"--start={prompt[:16]}")[2]
 
 
-@pytest.mark.parametrize("start", ["-", "FILE:prompt.txt", "caf\udce9"])  # the last as Python has an argument's bytes
+@pytest.mark.parametrize("start", ["-", "FILE:prompt.txt", "caf\udce9"])
 def test_a_prompt_that_is_not_utf8_is_a_mistake(mistake, start):
+    """Python keeps an argument's bytes that are not UTF-8 as surrogates."""
     save_run(random_model())
     Path("prompt.txt").write_bytes(b"caf\xe9")
     assert "not UTF-8 at byte 3" in mistake(f"--start={start}", stdin=b"caf\xe9")
@@ -304,36 +255,35 @@ def test_a_prompt_file_that_cannot_be_read_is_a_mistake(mistake, path, says):
     assert f"--start=FILE:{path}: {says}" in mistake(f"--start=FILE:{path}")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Models of others
+# ---- models of others ----
 
 
 def test_a_nanogpt_checkpoint_of_gpt2_samples_only_real_ids(text):
-    """Its vocabulary is padded to 50,304, and here the padding is what the model likes best."""
-    tok = data.Gpt2Tokenizer()
+    """Its vocabulary is padded to 50,304 rows. This model finds the padding likeliest."""
+    tok = tokenizer.load("gpt2")
     ids = tok.encode(" a man who knew").tolist()
     model = parrot([ids[0], 50_257, 50_303, *ids[1:]], vocab_size=50_304)
-    save_nanogpt(model, "openwebtext")
+    save_nanogpt_run(model, "openwebtext")
     padded = torch.stack(list(model.generate(torch.tensor([[50_256]]), 6, temperature=0)), dim=1)[0]
     assert (padded >= tok.vocab_size).any()
     shown = text("--max_new_tokens=6", "--num_samples=2")
-    expected = generated(model, [tok.eot], 6, samples=2, tok=data.Gpt2Tokenizer)
+    expected = generated(model, [tok.eot], 6, samples=2, spec="gpt2")
     assert shown == "".join(f"{sample}\n{RULE}" for sample in expected)
     assert shown.startswith(" a")
 
 
 def test_a_nanogpt_checkpoint_of_characters_reads_them_from_its_dataset(text, mistake):
     chars = "\n aehlo"
-    save_meta_pkl("letters", chars)
-    save_nanogpt(parrot([chars.index(c) for c in "hello all"], vocab_size=len(chars)), "letters")
+    write_meta_pkl("data/letters", chars)
+    save_nanogpt_run(parrot([chars.index(c) for c in "hello all"], vocab_size=len(chars)), "letters")
     assert text("--max_new_tokens=9", "--start=a") == "ahello all\n"
-    assert text("--max_new_tokens=9") == "hello all\n"  # after nanoGPT's own empty prompt, a line end
+    assert text("--max_new_tokens=9") == "hello all\n"  # nanoGPT's own empty prompt is a line end.
     assert "the text has 'x', not one of the model's 7 characters" in mistake("--start=ax")
 
 
 def test_a_nanogpt_checkpoint_whose_vocabulary_is_not_here_is_a_mistake(mistake):
     """Its dataset's meta.pkl is missing, so it would pass for GPT-2's."""
-    save_nanogpt(random_model(vocab_size=65), "letters")
+    save_nanogpt_run(random_model(vocab_size=65), "letters")
     assert "letters" in mistake()
 
 
@@ -341,29 +291,19 @@ def test_our_checkpoint_of_characters_needs_no_dataset(text, mistake):
     chars = "abc"
     save_run(parrot([2, 0, 1], vocab_size=3), tokenizer="char:" + chars)
     assert text("--start=a", "--max_new_tokens=3") == "acab\n"
-    assert text("--max_new_tokens=3") == "cab\n"  # with no line end to begin with, after the first of them
+    assert text("--max_new_tokens=3") == "cab\n"  # There is no line end, so the first character is the prompt.
     assert "'z'" in mistake("--start=z")
 
 
 def test_a_huggingface_folder_samples_as_its_checkpoint_does(text):
-    from safetensors.torch import save_file
-
     model = random_model()
     save_run(model)
-    hf_config, state = model.to_huggingface()
-    Path("hf").mkdir()
-    Path("hf/config.json").write_text(json.dumps(hf_config))
-    save_file(state, "hf/model.safetensors")
+    save_huggingface(model, "hf")
     assert text("--init_from=hf", "--start=a") == text("--start=a")
 
 
 def test_a_huggingface_folder_of_another_vocabulary_is_a_mistake(mistake):
-    from safetensors.torch import save_file
-
-    hf_config, state = random_model(vocab_size=99).to_huggingface()
-    Path("hf").mkdir()
-    Path("hf/config.json").write_text(json.dumps(hf_config))
-    save_file(state, "hf/model.safetensors")
+    save_huggingface(random_model(vocab_size=99), "hf")
     assert "tokenizer" in mistake("--init_from=hf")
 
 
@@ -376,8 +316,7 @@ def test_the_config_file_of_a_training_names_its_run(text):
     assert text("run.py", "--start=a", "--max_new_tokens=50") == of_b != of_a
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Mistakes
+# ---- mistakes ----
 
 
 @pytest.mark.parametrize(
@@ -408,8 +347,47 @@ def test_no_model_a_broken_one_and_no_device_are_mistakes(mistake):
 
 
 def test_prompts_are_read_as_they_stand():
-    """Only the first letters decide: a text that merely holds FILE: or - is a text."""
+    """Only a prompt that begins with FILE: or is - names something to read."""
     for prompt in ("", "--", "- a", "a FILE:b", "file:x"):
         assert sample.read_prompt(prompt) == prompt
-    with pytest.raises(config.UserError):
-        sample.read_prompt("FILE:")
+    assert "--start=FILE:" in refusal(sample.read_prompt, "FILE:")
+
+
+# ---- packed weights ----
+
+needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+
+
+@needs_onednn
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_packed_model_gives_the_same_logits_and_text(rows, bias):
+    model, idx = random_model(bias=bias), torch.randint(257, (rows, 7), generator=torch.Generator().manual_seed(1))
+    torch.nn.init.normal_(model.transformer.wpe.weight, std=2.0)  # The text varies with the position.
+    with torch.no_grad():
+        expected, _ = model(idx)
+        ids = torch.stack(list(model.generate(idx, 20, temperature=0)))
+        assert len(ids.unique()) > 3
+        sample.pack(model, rows)
+        torch.testing.assert_close(model(idx)[0], expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(model(idx[:1])[0], expected[:1], atol=1e-5, rtol=1e-5)  # another number of rows
+        assert torch.equal(torch.stack(list(model.generate(idx, 20, temperature=0))), ids)
+    assert not any(isinstance(part, nn.Linear) for part in model.modules())  # No weight is there twice.
+
+
+@needs_onednn
+def test_a_model_packed_in_bfloat16_rounds_the_weights_of_single_tokens_only():
+    model, rounded = random_model(), random_model()
+    with torch.no_grad():
+        for name, p in rounded.named_parameters():
+            if p.dim() == 2 and "wpe" not in name:
+                p.copy_(p.bfloat16())
+        # The embedding of a token is looked up, and not multiplied.
+        rounded.transformer.wte = nn.Embedding.from_pretrained(model.transformer.wte.weight.clone())
+        idx = torch.randint(257, (1, 7), generator=torch.Generator().manual_seed(1))
+        prompt, exact, token = model(idx)[0], model(idx[:, :1])[0], rounded(idx[:, :1])[0]
+        sample.pack(model, 1, torch.bfloat16)
+        torch.testing.assert_close(model(idx)[0], prompt, atol=1e-5, rtol=1e-5)
+        single = model(idx[:, :1])[0]
+    torch.testing.assert_close(single, token, atol=0.05, rtol=0.02)  # Activations are rounded too.
+    assert (single - exact).abs().max() > 1e-3

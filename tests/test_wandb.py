@@ -5,9 +5,9 @@ import struct
 import sys
 from pathlib import Path
 
-import pytest
+from lib import checkpoint
 
-import checkpoint
+import pytest
 
 wandb_pb = pytest.importorskip("wandb.proto.wandb_internal_pb2")
 

@@ -1,6 +1,6 @@
-"""Settings of every script: dataclass defaults < Python config files < --key=value. Later wins.
+"""The settings of every script: dataclass defaults < Python config files < --key=value. Later wins.
 
-A script declares its settings as one dataclass whose comments are the help:
+A script declares its settings as one dataclass. The comments of the dataclass are the script's --help:
 
     @dataclass
     class Settings:
@@ -8,9 +8,9 @@ A script declares its settings as one dataclass whose comments are the help:
         dataset: str = "wikitext103"  # a folder under data/
         compile: Literal["auto", True, False] = "auto"  # torch.compile
 
-    s = config.load(Settings)
+    s = settings.load(Settings)
 
-The type of a setting is the type of its default; a `Literal` lists the values it admits.
+The type of a setting is the type of its default. A `Literal` lists the values that a setting may have.
 """
 
 import ast
@@ -27,77 +27,129 @@ import types
 import typing
 from pathlib import Path
 
-# A config file describes a run, and all of these read it; each takes the keys that it declares.
+# A config file describes a run. Each of these scripts reads it and takes the settings that it declares itself.
 SHARED_BY = ("train.py", "eval.py", "sample.py")
+
+# An editor may turn the two hyphens of an option into a longer dash.
+DASHES = "-\N{HYPHEN}\N{EN DASH}\N{EM DASH}\N{HORIZONTAL BAR}\N{MINUS SIGN}"
 
 
 class UserError(Exception):
-    """A mistake of the user's. Its message is one line that says what is wrong and what to do."""
+    """A mistake of the user's. Its message is one line that says what is wrong and what to do about it."""
 
 
-def run(main, *mistakes):
-    """Call main(). A UserError, or one of the exception classes `mistakes`, ends in one line on stderr and status 2."""
-    if hasattr(sys.stdout, "reconfigure"):  # a name that is not UTF-8 must not end a run as it is printed
-        sys.stdout.reconfigure(errors="backslashreplace")
+def run(main):
+    """Call main(). A UserError ends the program with one line on stderr and status 2, and with no traceback.
+
+    A file that the system refuses ends it in the same way. Ctrl-C ends it with status 130, a closed pipe with 141.
+    """
+    keep_standard_files()
     try:
         main()
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader of our output has gone, as in `sample.py | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        flush(sys.stdout)
+    except BrokenPipeError:  # The reader of our output is gone, as in `python sample.py | head`.
         sys.exit(141)
-    except (UserError, *mistakes) as error:
-        print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        sys.exit(2)
-    except OSError as error:  # a file that can't be read or written: the system says why
+    except UserError as error:
+        end(str(error), 2)
+    except OSError as error:
         if not error.filename:
             raise
-        reason = f"{error.filename}: {error.strerror}; mend that, or name another"
-        print(f"{Path(sys.argv[0]).name}: {reason}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        end(f"{error.filename}: {error.strerror}; mend that, or name another", 2)
     except KeyboardInterrupt:
-        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr, flush=True)
-        sys.exit(130)
+        end("interrupted", 130)
+    finally:
+        drop_unwritten_output()
 
 
-def load(cls, argv=None, positional="", command_line_only=()):
+def keep_standard_files():
+    """See to it that whatever is printed neither ends the program nor lands in a file of ours."""
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:  # A closed one would be given to the next file that is opened.
+            os.open(os.devnull, os.O_RDWR)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # A name that is not UTF-8 must not end a run when it is printed.
+            stream.reconfigure(errors="backslashreplace")
+
+
+def flush(stream):
+    """Whether a stream took all that was printed. Raises BrokenPipeError where its reader is gone."""
+    try:
+        if stream:
+            stream.flush()
+        return True
+    except BrokenPipeError:
+        raise
+    except (OSError, ValueError):
+        return False
+
+
+def drop_unwritten_output():
+    """Forget what a full disk or a closed terminal did not take. Python would end with a status of its own for it."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            taken = flush(stream)
+        except BrokenPipeError:
+            taken = False
+        if not taken:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def say(text, file=None):
+    """Print a line. A full disk or a closed terminal under the output does not end the program."""
+    with contextlib.suppress(OSError):
+        print(text, file=file, flush=True)
+
+
+def end(message, status):
+    say(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(status)
+
+
+def load(cls, argv=None, positional="", command_line_only=(), bare_means=""):
     """An instance of the dataclass `cls` from its defaults, the config files and the --key=value arguments in `argv`.
 
-    Bare arguments are config files, or go as a tuple to the setting named `positional`. A config file does not set the
-    keys in `command_line_only`. Raises UserError; `--help` prints the settings and ends the program with status 0.
+    Bare arguments are config files. Where `positional` names a setting, they are its values instead. A config file does
+    not set the keys in `command_line_only`. `bare_means` is the setting that a bare argument may have been meant for.
+    `--help` prints the settings and ends the program with status 0. Raises UserError.
     """
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
         print(help_text(cls, positional))
         sys.exit(0)
-    hints, values, bare = typing.get_type_hints(cls), {}, []
+    hints = typing.get_type_hints(cls)
     hints.pop(positional, None)
-    for arg in (a for a in argv if not a.startswith("--")):
-        if positional:
+    given, bare = {}, []  # from the command line
+    for i, arg in enumerate(argv):
+        if not arg.startswith("--"):
+            if arg[:1] in DASHES and "=" in arg:
+                raise UserError(f"{arg}: settings begin with two dashes, write --{arg.lstrip(DASHES)}")
             bare.append(arg)
             continue
-        for key, (value, where) in read_file(arg, known=set(hints) | shared_keys()).items():
-            if key in hints and key not in command_line_only:
-                values[key] = convert(key, value, hints[key], where)
-    for arg in (a for a in argv if a.startswith("--")):
-        key, equals, text = arg[2:].partition("=")  # only the first `=` splits: a value may hold more
+        key, equals, text = arg[2:].partition("=")  # Only the first `=` splits: a value may hold more of them.
         key = key.replace("-", "_")
         if key not in hints:
             raise UserError(f"{arg}: unknown setting {key!r}{nearest(key, hints)}; --help lists them all")
         if not equals:
-            raise UserError(f"{arg}: a value is missing, write --{key}=VALUE")
-        values[key] = convert(key, text, hints[key], arg, is_text=True)
-    return cls(**values, **({positional: tuple(bare)} if positional else {}))
+            following = argv[i + 1] if i + 1 < len(argv) and not argv[i + 1].startswith("--") else ""
+            example = "True" if hints[key] is bool else following or "VALUE"
+            raise UserError(f"{arg}: a value is missing, write --{key}={example}")
+        given[key] = convert(key, text, hints[key], arg, is_text=True)
+    if positional:
+        return cls(**given, **{positional: tuple(bare)})
+    values = {}
+    for path in bare:
+        if not os.path.isfile(path):
+            raise UserError(no_such_file(path, bare_means))
+        for key, (value, where) in read_file(path, known=set(hints) | shared_keys()).items():
+            if key in hints and key not in command_line_only:
+                values[key] = convert(key, value, hints[key], where)
+    return cls(**values | given)
 
 
 def read_file(path, known):
     """Run a config file. Returns {key: (value, where it stands)} of its public names with plain values."""
-    if not os.path.isfile(path):
-        if "=" in path:
-            raise UserError(f"{path}: settings begin with two dashes, write --{path.lstrip('-')}")
-        files = [str(p) for p in Path("config").glob("*.py") if p.name != "__init__.py"]
-        close = difflib.get_close_matches(path, files, n=1, cutoff=0.4)
-        hint = f"did you mean {close[0]}?" if close else "it is looked for from the current folder"
-        raise UserError(f"{path}: no such config file; {hint}")
     try:
         source = Path(path).read_text(encoding="utf-8-sig")
         tree = ast.parse(source, path)
@@ -105,7 +157,7 @@ def read_file(path, known):
         exec(compile(tree, path, "exec"), names)
     except (Exception, SystemExit) as error:
         frames = [f.lineno for f in inspect.getinnerframes(error.__traceback__) if f.filename == path]
-        own = isinstance(error, SyntaxError) and error.filename == path  # else of text that the file evaluates
+        own = isinstance(error, SyntaxError) and error.filename == path  # False for text that the file evaluates
         line = (error.lineno or 1) if own else (frames or [1])[-1]
         raise UserError(f"{path}:{line}: {type(error).__name__}: {error}; a config file is plain Python") from None
     lines = {n.id: n.lineno for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
@@ -120,8 +172,19 @@ def read_file(path, known):
     return found
 
 
+def no_such_file(path, bare_means):
+    """What to say of a bare argument that is no config file."""
+    if "=" in path:
+        return f"{path}: settings begin with two dashes, write --{path}"
+    close = difflib.get_close_matches(path, map(str, Path("config").glob("*.py")), n=1, cutoff=0.4)
+    hint = f"did you mean {close[0]}?" if close else "it is looked for from the current folder"
+    if bare_means and not path.endswith(".py"):
+        hint = f"write --{bare_means}={path!r}"
+    return f"{path}: no such config file; {hint}"
+
+
 def shared_keys():
-    """The settings that the scripts of a run declare, read off their source: none of them is imported."""
+    """The settings of the scripts that read a run's config file. They are read off the source, without an import."""
     root, keys = Path(__file__).parent.parent, set()
     for script in SHARED_BY:
         for node in ast.parse((root / script).read_text(encoding="utf-8")).body:
@@ -160,18 +223,19 @@ def convert(key, value, hint, where, is_text=False):
         if isinstance(value, bool):
             return value
     elif not isinstance(value, bool) and isinstance(value, str if is_text else (int, float)):
-        try:
+        with contextlib.suppress(ValueError, OverflowError):
             return number(value, kind)
-        except (ValueError, OverflowError):
-            pass
     at = where if is_text else f"{where}: {key} = {value!r}"
     raise UserError(f"{at}: {key} takes {wanted}")
 
 
 def number(value, kind):
-    """int: `1e3`, `1_000` and 1000.0 are whole, 0.5 is not; 64 bits. float: finite. Else Value- or OverflowError."""
+    """`value` as an int of at most 64 bits, or as a finite float. `1e3`, `1_000` and 1000.0 are whole numbers.
+
+    Raises ValueError or OverflowError.
+    """
     if kind is int and isinstance(value, str):
-        with contextlib.suppress(ValueError):  # of 1e3, which is a whole number all the same
+        with contextlib.suppress(ValueError):  # int() does not read 1e3; float() below does.
             value = int(value)
     value = float(value) if isinstance(value, str) else value
     result = kind(value)
@@ -199,7 +263,7 @@ def check(s, positive="", not_negative="", fraction="", divisible=""):
 
 
 def help_text(cls, positional=""):
-    """The script's docstring, and each setting with its default and comment, read off the source of `cls`."""
+    """The script's docstring, and each setting with its default and its comment from the source of `cls`."""
     defaults = {f.name: f.default for f in dataclasses.fields(cls)}
     bare = f"{positional.upper()}..." if positional else "[CONFIG_FILE...]"
     out = [(sys.modules[cls.__module__].__doc__ or "").strip(), ""]
@@ -207,8 +271,8 @@ def help_text(cls, positional=""):
     source = inspect.getsource(cls)
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
-    for number, line in enumerate(source.splitlines(), start=1):
-        key, comment = line.strip().partition(":")[0], comments.get(number, "")
+    for line_number, line in enumerate(source.splitlines(), start=1):
+        key, comment = line.strip().partition(":")[0], comments.get(line_number, "")
         if key in defaults and key != positional:
             value = defaults[key]
             shown = ",".join(map(str, value)) if isinstance(value, tuple) else value

@@ -1,26 +1,30 @@
 """Settings: defaults < files < command line, typed, and every mistake one line."""
 
+import ast
 import contextlib
 import io
 import math
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-
-import config
 import eval
 import sample
 import train
+from lib import settings
+from lib.settings import UserError
 
-ROOT = Path(config.__file__).parent.parent
-CONFIG_FILES = [p for p in sorted((ROOT / "config").glob("*.py")) if p.name != "__init__.py"]
+import hypothesis
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+ROOT = Path(settings.__file__).parent.parent
+CONFIG_FILES = sorted((ROOT / "config").glob("*.py"))
 
 
 @dataclass
@@ -58,7 +62,7 @@ def outcome(argv, cls=Example, **kwargs):
     out, err, status = [], io.StringIO(), 0
     with contextlib.redirect_stderr(err):
         try:
-            config.run(lambda: out.append(config.load(cls, argv, **kwargs)))
+            settings.run(lambda: out.append(settings.load(cls, argv, **kwargs)))
         except SystemExit as end:
             status = end.code
     assert status == (0 if out else 2)
@@ -87,23 +91,23 @@ def fits(value, key):
 
 
 def test_no_arguments_give_the_defaults():
-    assert config.load(Example, []) == Example()
+    assert settings.load(Example, []) == Example()
 
 
 def test_later_wins_and_the_command_line_wins_over_every_file(write):
     first = write("out_dir = 'a'\nbatch_size = 1\nlearning_rate = 1.0\n", "first.py")
     second = write("batch_size = 2\nlearning_rate = 2.0\n", "second.py")
-    assert config.load(Example, [first]) == Example("a", 1, 1.0)
-    assert config.load(Example, [first, second]) == Example("a", 2, 2.0)
-    assert config.load(Example, [second, first]) == Example("a", 1, 1.0)
+    assert settings.load(Example, [first]) == Example("a", 1, 1.0)
+    assert settings.load(Example, [first, second]) == Example("a", 2, 2.0)
+    assert settings.load(Example, [second, first]) == Example("a", 1, 1.0)
     # wherever it stands among the arguments
-    assert config.load(Example, ["--learning_rate=3", first, second]) == Example("a", 2, 3.0)
-    assert config.load(Example, [first, "--learning_rate=4", second, "--learning_rate=3"]) == Example("a", 2, 3.0)
+    assert settings.load(Example, ["--learning_rate=3", first, second]) == Example("a", 2, 3.0)
+    assert settings.load(Example, [first, "--learning_rate=4", second, "--learning_rate=3"]) == Example("a", 2, 3.0)
 
 
 def test_arguments_default_to_those_of_the_process(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", "--batch_size=5"])
-    assert config.load(Example).batch_size == 5
+    assert settings.load(Example).batch_size == 5
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -146,7 +150,7 @@ def test_arguments_default_to_those_of_the_process(monkeypatch):
 )
 def test_text_is_read_as_the_type_of_the_default(arg, value):
     key = arg[2:].partition("=")[0].replace("-", "_")
-    read = getattr(config.load(Example, [arg]), key)
+    read = getattr(settings.load(Example, [arg]), key)
     assert read == value
     assert type(read) is type(value)
 
@@ -200,7 +204,7 @@ def test_text_of_another_type_is_refused_and_the_argument_named(arg, wanted):
 )
 def test_values_in_a_file_serve_their_type(write, line, value):
     key = line.split()[0]
-    read = getattr(config.load(Example, [write(line)]), key)
+    read = getattr(settings.load(Example, [write(line)]), key)
     assert read == value
     assert type(read) is type(value)
 
@@ -243,7 +247,7 @@ WORDS = st.sampled_from(["True", "false", "auto", "nan", "-inf", "1e3", "1_000",
 TEXTS = st.text() | NUMBERS | WORDS | st.lists(NUMBERS, max_size=3).map(",".join)
 
 
-@settings(max_examples=150, deadline=None, database=None)
+@hypothesis.settings(max_examples=150, deadline=None, database=None)
 @given(KEYS, TEXTS)
 def test_any_text_gives_a_value_of_the_right_type_or_one_line(key, text):
     s, err = outcome([f"--{key}={text}"])
@@ -260,7 +264,12 @@ PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st
 VALUES = PLAIN | st.lists(PLAIN, max_size=3) | st.dictionaries(st.text(), PLAIN, max_size=2)
 
 
-@settings(max_examples=80, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@hypothesis.settings(
+    max_examples=80,
+    deadline=None,
+    database=None,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
 @given(KEYS, VALUES)
 def test_any_value_in_a_file_gives_one_of_the_right_type_or_one_line(write, key, value):
     path = write(f"inf, nan = float('inf'), float('nan')\n{key} = {value!r}\ndel inf, nan\n")
@@ -287,13 +296,13 @@ def test_what_is_no_plain_value_in_a_file_is_no_setting(write):
         "_tokens = 2 ** 9\n__version__ = 1\n"
         "batch_size = int(sqrt(_tokens * steps(Run.size - 2) // half(2)))\n"
     )
-    assert config.load(Example, [path]) == Example(batch_size=32)
+    assert settings.load(Example, [path]) == Example(batch_size=32)
 
 
 def test_a_file_knows_where_it_lies(write):
     write("7\n", "seven.txt")
     path = write("from pathlib import Path\nbatch_size = int(Path(__file__).with_name('seven.txt').read_text())\n")
-    assert config.load(Example, [path]).batch_size == 7
+    assert settings.load(Example, [path]).batch_size == 7
 
 
 def test_an_unknown_key_in_a_file_names_the_line_and_the_nearest_key(write):
@@ -319,32 +328,32 @@ def test_a_key_that_is_like_no_other_is_refused_without_a_guess(arg):
 
 def test_a_file_may_hold_any_key_of_train_eval_and_sample_and_the_command_line_only_its_own(write):
     path = write("".join(f"{f.name} = {f.default!r}\n" for f in fields(train.Settings)) + "batch_size = 3\n")
-    assert config.load(Example, [path]).batch_size == 3
+    assert settings.load(Example, [path]).batch_size == 3
     assert "unknown setting 'n_layer'" in mistake(["--n_layer=3"])
 
 
 def test_the_shared_keys_are_those_that_the_scripts_declare():
     declared = [f.name for script in (train, eval, sample) for f in fields(script.Settings)]
-    assert config.shared_keys() == set(declared)
+    assert settings.shared_keys() == set(declared)
 
 
 def test_a_key_of_its_own_is_known_to_a_script_beside_the_shared_ones(write):
-    assert "sizes" not in config.shared_keys()
-    assert config.load(Example, [write("sizes = [3]\n")]).sizes == (3,)
+    assert "sizes" not in settings.shared_keys()
+    assert settings.load(Example, [write("sizes = [3]\n")]).sizes == (3,)
 
 
 def test_a_file_does_not_set_what_only_the_command_line_may(write):
     path = write("out_dir = 'of the training'\nbatch_size = 3\n")
-    s = config.load(Example, [path], command_line_only=("out_dir",))
+    s = settings.load(Example, [path], command_line_only=("out_dir",))
     assert s == Example(batch_size=3)
-    s = config.load(Example, [path, "--out_dir=mine"], command_line_only=("out_dir",))
+    s = settings.load(Example, [path, "--out_dir=mine"], command_line_only=("out_dir",))
     assert s == Example(out_dir="mine", batch_size=3)
 
 
 def test_bare_arguments_go_to_the_positional_setting():
-    s = config.load(Example, ["a.txt", "--batch_size=3", "b=c"], positional="wandb_tags")
+    s = settings.load(Example, ["a.txt", "--batch_size=3", "b=c"], positional="wandb_tags")
     assert s == Example(batch_size=3, wandb_tags=("a.txt", "b=c"))
-    assert config.load(Example, [], positional="wandb_tags").wandb_tags == ()
+    assert settings.load(Example, [], positional="wandb_tags").wandb_tags == ()
 
 
 @pytest.mark.parametrize("bare", [[], ["b"]])
@@ -364,12 +373,11 @@ def test_a_positional_setting_by_its_name_is_a_value_or_a_mistake_and_no_traceba
         ("wikitext103", "wikitext103.py"),
         ("wikitext103.py", "wikitext103.py"),
         ("config/dmeo.py", "demo.py"),
-        ("config/__ini_demo.py", "demo.py"),  # and not the package itself
     ],
 )
 def test_a_missing_file_is_answered_with_the_nearest_one(wrong, near, tmp_path, monkeypatch):
     (tmp_path / "config").mkdir()
-    for name in ("__init__.py", "wikitext103.py", "demo.py"):
+    for name in ("wikitext103.py", "demo.py"):
         (tmp_path / "config" / name).touch()
     monkeypatch.chdir(tmp_path)
     assert mistake([wrong]) == f"{wrong}: no such config file; did you mean config/{near}?"
@@ -377,14 +385,29 @@ def test_a_missing_file_is_answered_with_the_nearest_one(wrong, near, tmp_path, 
     assert mistake(["config"]).startswith("config: no such config file")  # a folder is not a file
 
 
-@pytest.mark.parametrize("arg", ["batch_size=32", "-batch_size=32"])
-def test_a_setting_without_its_dashes_is_told_apart_from_a_missing_file(arg):
-    assert mistake([arg]).endswith("write --batch_size=32")
+@pytest.mark.parametrize("dashes", ["", "-", "\N{HYPHEN}", "\N{EN DASH}", "\N{EM DASH}", "\N{EM DASH}-"])
+def test_a_setting_without_its_two_hyphens_is_told_apart_from_a_missing_file(dashes):
+    assert mistake([f"{dashes}batch_size=32"]).endswith("write --batch_size=32")
 
 
-@pytest.mark.parametrize("key", ["batch_size", "batch-size", "decay_lr"])
-def test_a_key_without_a_value_is_told_how_to_write_it(key):
-    assert mistake([f"--{key}"]) == f"--{key}: a value is missing, write --{key.replace('-', '_')}=VALUE"
+def test_an_editor_s_dash_is_found_among_positional_arguments_too():
+    assert mistake(["a.txt", "\N{EM DASH}batch_size=3"], positional="wandb_tags").endswith("write --batch_size=3")
+
+
+@pytest.mark.parametrize(
+    ("argv", "example"),
+    [
+        (["--batch_size"], "--batch_size=VALUE"),
+        (["--batch-size"], "--batch_size=VALUE"),
+        (["--batch_size", "32"], "--batch_size=32"),
+        (["--learning_rate", "1e-3", "--batch_size=3"], "--learning_rate=1e-3"),
+        (["--batch_size", "--decay_lr=True"], "--batch_size=VALUE"),
+        (["--decay_lr"], "--decay_lr=True"),
+    ],
+)
+def test_a_key_without_a_value_is_told_how_to_write_it(argv, example):
+    assert mistake(argv) == f"{argv[0]}: a value is missing, write {example}"
+    assert mistake(argv, positional="wandb_tags") == f"{argv[0]}: a value is missing, write {example}"
 
 
 @pytest.mark.parametrize(
@@ -419,7 +442,7 @@ def test_a_file_that_is_not_utf8_ends_in_one_line(tmp_path):
 def test_a_byte_order_mark_is_no_mistake(tmp_path):
     """Python runs such a file, and editors on Windows write one."""
     (tmp_path / "run.py").write_bytes(b"\xef\xbb\xbfbatch_size = 3\n")
-    assert config.load(Example, [str(tmp_path / "run.py")]).batch_size == 3
+    assert settings.load(Example, [str(tmp_path / "run.py")]).batch_size == 3
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -437,29 +460,29 @@ class Ranges:
 def test_check_admits_what_is_in_range(kind, value):
     good = {"positive": value > 0, "not_negative": value >= 0, "fraction": 0 <= value < 1}[kind]
     if good:
-        config.check(Ranges(m=value), **{kind: "n m"})
+        settings.check(Ranges(m=value), **{kind: "n m"})
     else:
-        with pytest.raises(config.UserError, match=f"^m={value}: m "):
-            config.check(Ranges(m=value), **{kind: "n m"})
-        config.check(Ranges(m=value), **{kind: "n"})  # only what is named is looked at
+        with pytest.raises(UserError, match=f"^m={value}: m "):
+            settings.check(Ranges(m=value), **{kind: "n m"})
+        settings.check(Ranges(m=value), **{kind: "n"})  # only what is named is looked at
 
 
 @pytest.mark.parametrize("cls", [Example, train.Settings, eval.Settings, sample.Settings], ids=lambda c: c.__module__)
 def test_help_shows_each_key_with_a_default_that_the_command_line_takes(cls):
-    shown = [line.split()[0] for line in config.help_text(cls).splitlines() if line.startswith("  --")]
+    shown = [line.split()[0] for line in settings.help_text(cls).splitlines() if line.startswith("  --")]
     assert [arg[2:].partition("=")[0] for arg in shown] == [f.name for f in fields(cls)]
-    assert config.load(cls, shown) == cls()
+    assert settings.load(cls, shown) == cls()
 
 
 def test_help_shows_a_setting_beside_its_comment():
-    lines = [line.split(maxsplit=1) for line in config.help_text(Example).splitlines()]
+    lines = [line.split(maxsplit=1) for line in settings.help_text(Example).splitlines()]
     assert ["--batch_size=12", "a whole number"] in lines
     assert ["--sizes=1,2", "a list of numbers, not a shared key"] in lines
     assert ["--compile=auto", "one of several: # and all"] in lines
 
 
 def test_help_has_the_docstring_the_groups_and_no_more():
-    text = config.help_text(Example)
+    text = settings.help_text(Example)
     assert text.startswith(__doc__)
     assert "[CONFIG_FILE...]" in text
     assert text.index("the first group") < text.index("--out_dir") < text.index("the second group")
@@ -467,7 +490,7 @@ def test_help_has_the_docstring_the_groups_and_no_more():
 
 
 def test_help_of_a_positional_setting_shows_it_in_the_usage_alone():
-    text = config.help_text(Example, positional="wandb_tags")
+    text = settings.help_text(Example, positional="wandb_tags")
     assert "WANDB_TAGS..." in text
     assert "--wandb_tags" not in text
     assert "CONFIG_FILE" not in text
@@ -476,42 +499,62 @@ def test_help_of_a_positional_setting_shows_it_in_the_usage_alone():
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 def test_help_is_printed_whatever_else_is_asked(flag, capsys):
     with pytest.raises(SystemExit) as end:
-        config.load(Example, ["nothing.py", flag, "--nothing=3"])
+        settings.load(Example, ["nothing.py", flag, "--nothing=3"])
     assert end.value.code == 0
-    assert capsys.readouterr().out.strip() == config.help_text(Example)
+    assert capsys.readouterr().out.strip() == settings.help_text(Example)
 
 
 SCRIPT = """
 '''A script.'''
-import sys
+import os
 from dataclasses import dataclass
-import config
+from lib import settings
 
 @dataclass
 class Settings:
     lines: int = 1  # lines to write
     fail: str = ""  # how to end
+    says: bool = False  # say instead of printing
+    writes: str = ""  # a file to write while printing
 
-ENDS = {"user": config.UserError, "os": OSError, "key": KeyboardInterrupt, "bug": IndexError}
+ENDS = {
+    "user": settings.UserError("two\\nlines"),
+    "os": OSError(5, "Input/output error", "a file"),
+    "key": KeyboardInterrupt(),
+    "bug": IndexError("two\\nlines"),
+    "unnamed": OSError(5, "Input/output error"),
+}
 
 def main():
-    s = config.load(Settings)
-    print("a line of output\\n" * s.lines)
+    s = settings.load(Settings)
+    if s.writes:
+        with open(s.writes, "w") as f:
+            os.write(1, b"printed by number")
+            os.write(2, b"printed by number")
+            f.write("mine alone")
+    if s.says:
+        settings.say("a line of output")
+    else:
+        print("a line of output\\n" * s.lines)
     if s.fail:
-        raise ENDS[s.fail]("two\\nlines")
+        raise ENDS[s.fail]
 
-config.run(main, OSError)
+settings.run(main)
 """
 
 
 @pytest.fixture
 def script(tmp_path):
+    """script("--key=value", ...) starts SCRIPT as a process."""
     (tmp_path / "script.py").write_text(SCRIPT)
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(tmp_path / "script.py")]
-    return lambda *args, stdout=subprocess.PIPE: subprocess.Popen(
-        [*command, *args], env=env, stdout=stdout, stderr=subprocess.PIPE, text=True
-    )
+    env, command = os.environ | {"PYTHONPATH": str(ROOT)}, [sys.executable, str(tmp_path / "script.py")]
+
+    def start(*args, stdout=subprocess.PIPE):
+        more = {"PYTHONUNBUFFERED": os.environ.get("PYTHONUNBUFFERED", "")}
+        return subprocess.Popen([*command, *args], env=env | more, stdout=stdout, stderr=subprocess.PIPE, text=True)
+
+    start.env, start.command = env, command
+    return start
 
 
 @pytest.mark.parametrize(
@@ -520,7 +563,7 @@ def script(tmp_path):
         (["--lines=2"], 0, None),
         (["--help"], 0, None),
         (["--fail=user"], 2, "script.py: two lines"),
-        (["--fail=os"], 2, "script.py: two lines"),
+        (["--fail=os"], 2, "script.py: a file: Input/output error; mend that, or name another"),
         (["--fail=key"], 130, "script.py: interrupted"),
         (["--lines=a\nb"], 2, "script.py: --lines=a b: lines takes a whole number"),
         (["--lins=3"], 2, "script.py: --lins=3: unknown setting 'lins', the nearest is 'lines'; --help lists them all"),
@@ -532,6 +575,25 @@ def test_a_mistake_ends_in_one_line_and_its_status(script, args, status, line):
     assert process.returncode == status
     assert err == (f"{line}\n" if line else "")
     assert ("a line of output" in out) == ("--fail" in args[0] or args == ["--lines=2"])
+
+
+@pytest.mark.parametrize(("error", "lines"), [("KeyboardInterrupt", ["interrupted"]), ("IndexError(3)", None)])
+def test_ctrl_c_while_torch_is_imported_is_one_line(error, lines):
+    """settings.run() does not run yet then."""
+    command = [sys.executable, "-c", f"import lib; raise {error}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    if lines:
+        assert done.stderr.splitlines() == lines and done.returncode == -signal.SIGINT
+    else:
+        assert done.stderr.startswith("Traceback") and done.returncode == 1
+
+
+@pytest.mark.parametrize("script", ["train", "eval", "sample", "bench", "export"])
+def test_a_script_imports_lib_before_torch(script):
+    nodes = ast.parse((ROOT / f"{script}.py").read_text()).body
+    modules = [getattr(node, "module", None) or node.names[0].name for node in nodes if hasattr(node, "names")]
+    first = next(name for name in modules if name.partition(".")[0] not in sys.stdlib_module_names)
+    assert first == "lib"
 
 
 def test_a_bug_keeps_its_traceback(script):
@@ -553,14 +615,35 @@ def test_a_reader_that_has_left_is_no_mistake(script, lines):
     assert process.returncode == 141
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_disk_under_the_output_is_no_mistake(script, monkeypatch, unbuffered):
+    """What `say` prints, and what is left in a buffer; Python's own status for the latter is 120."""
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    with open("/dev/full", "w") as full, script("--says=True", stdout=full) as process:
+        assert process.communicate(timeout=60)[1] == ""
+    assert process.returncode == 0
+    with open("/dev/full", "w") as full, script("--says=True", "--fail=user", stdout=full) as process:
+        assert process.communicate(timeout=60)[1] == "script.py: two lines\n"
+    assert process.returncode == 2
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_a_closed_output_is_no_mistake_and_no_file_gets_what_is_printed(script, tmp_path, closed):
+    command = " ".join(script.command)
+    done = subprocess.run(f"exec {command} --writes={tmp_path}/mine {closed}", shell=True, env=script.env, timeout=60)
+    assert done.returncode == 0
+    assert (tmp_path / "mine").read_text() == "mine alone"
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The files of this repository
 
 
 @pytest.mark.parametrize("path", CONFIG_FILES, ids=lambda p: p.name)
 def test_a_config_of_the_repository_loads_for_every_script(path):
-    s = config.load(train.Settings, [str(path)])
+    s = settings.load(train.Settings, [str(path)])
     train.check(s)
     assert s != train.Settings()
     assert s.out_dir == f"out/{path.stem}" or s.eval_only
-    config.load(Example, [str(path)])
+    settings.load(Example, [str(path)])

@@ -1,0 +1,20 @@
+"""What the scripts share. Imports run one way, and no file of lib imports a script:
+
+settings <- files, tokenizer, processes; tokenizer <- data; files, data <- prepare; processes <- runtime;
+model.py <- assemble; tokenizer, assemble <- huggingface; files, huggingface <- checkpoint <- resume <- run.
+"""
+
+import sys
+
+
+def report(kind, error, traceback):
+    """What Python calls for an exception that nobody caught."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
+# Importing torch takes seconds, in which somebody may press Ctrl-C. settings.run() is not there yet to answer with a
+# line instead of a traceback, so this is done here, and a script imports lib before torch.
+sys.excepthook = report

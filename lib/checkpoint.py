@@ -1,0 +1,333 @@
+"""Checkpoints: one file that is written whole, verified, and checked before use; and opening any model.
+
+A checkpoint is a dict of plain containers, numbers, strings and tensors, so that loading one runs no code. nanoGPT's
+keys hold what they hold there: model, optimizer, model_args, iter_num, best_val_loss, config. Ours stand beside them.
+SCHEMA and RUN_SCHEMA list them all.
+"""
+
+import contextlib
+import math
+import os
+import re
+import shutil
+import sys
+import zipfile
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from lib import files, huggingface, settings, tokenizer
+from lib.assemble import assemble
+from lib.settings import UserError
+from model import GPT, GPTConfig, model_args
+
+import torch
+
+FORMAT = 1
+
+
+# ---- writing ----
+
+
+def save(path, checkpoint, links=()):
+    """Write a checkpoint so that `path` is at every instant the old file or the new one, whole. Raises OSError.
+
+    `links` are further names of the file. They keep it when `path` is written again.
+    """
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as f:
+            torch.save(checkpoint, f)
+            files.sync(f)
+        for link in links:
+            link.unlink(missing_ok=True)
+            try:
+                os.link(partial, link)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(partial, link.with_name(link.name + ".partial"))
+                os.replace(link.with_name(link.name + ".partial"), link)
+        os.replace(partial, path)
+    except RuntimeError as error:  # torch's writer hides what the system said, such as that the disk is full.
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise OSError(f"writing {path} failed: {error}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+    files.sync_folder(path.parent)
+
+
+@dataclass
+class Write:
+    """A write that has ended."""
+
+    path: Path
+    links: list  # the further names
+    about: object  # what the caller gave with it
+    error: OSError | None  # why the older file still stands; None where the new one does
+
+
+class Writer:
+    """Writes checkpoints, one after the other. What lies on a GPU is copied, and written while the training goes on.
+
+    Whoever writes asks by ended() what has become of it. At the end of a `with` all that was given is on the disk.
+    """
+
+    def __init__(self):
+        self.pool, self.pending = ThreadPoolExecutor(1), deque()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.pool.shutdown(wait=True)
+
+    def write(self, path, checkpoint, links=(), about=None):
+        """Begin a write. A checkpoint in the host's memory is written when this returns."""
+        background = self.in_background(checkpoint)
+        running = [future for *_, future in self.pending if not future.done()]
+        if len(running) > 1:  # Memory is short: two copies may wait, of the run and of its best weights.
+            running[-2].exception()
+        state = to_host(checkpoint, {}) if background else checkpoint
+        future = self.pool.submit(save, path, state, links)
+        self.pending.append((path, links, about, future))
+        if not background:
+            future.exception()
+
+    def in_background(self, checkpoint):
+        return any(tensor.is_cuda for tensor in checkpoint["model"].values())
+
+    def ended(self, wait=False):
+        """The Writes that have ended since the last call, in their order; all of them, if need be after waiting."""
+        ended = []
+        while self.pending and (wait or self.pending[0][-1].done()):
+            path, links, about, future = self.pending.popleft()
+            if (error := future.exception()) and not isinstance(error, OSError):
+                raise error
+            ended.append(Write(path, links, about, error))
+        return ended
+
+
+def to_host(value, copies):
+    """A copy of what a checkpoint holds in the host's memory. A tensor that stands in it twice is copied once."""
+    if isinstance(value, torch.Tensor):
+        key = value.data_ptr(), value.shape
+        if key not in copies:
+            copies[key] = value.to("cpu", copy=True)
+        return copies[key]
+    if isinstance(value, dict):
+        return {k: to_host(v, copies) for k, v in value.items()}
+    return [to_host(v, copies) for v in value] if isinstance(value, list) else value
+
+
+# ---- reading: everything in a file is checked before it is used ----
+
+
+def is_count(value):
+    return type(value) is int and 0 <= value < 1 << 63
+
+
+def is_number(value):
+    return type(value) in (int, float) and abs(value) < math.inf
+
+
+def is_text(value):
+    return isinstance(value, str)
+
+
+def is_loss(value):
+    """A loss, or infinity where there was no evaluation yet. nanoGPT's is a tensor."""
+    value = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
+    return type(value) in (int, float) and not math.isnan(value)
+
+
+def is_named(kind):
+    """A test for a dict from texts to values of a kind."""
+    return lambda value: isinstance(value, dict) and all(is_text(k) and kind(v) for k, v in value.items())
+
+
+def is_setting(value):
+    if isinstance(value, (list, tuple)):
+        return all(map(is_text, value))
+    return value is None or isinstance(value, (str, bool)) or is_number(value)
+
+
+def is_figure(value):
+    """A figure of metrics.jsonl, which may be unknown or not finite."""
+    return value is None or type(value) in (int, float)
+
+
+def is_spec(value):
+    try:
+        tokenizer.check_spec(value)
+    except ValueError:
+        return False
+    return True
+
+
+# What a checkpoint may hold, ours or nanoGPT's, and a test of each. Only the first two are in all of them.
+SCHEMA = {
+    "model": is_named(lambda value: isinstance(value, torch.Tensor)),
+    "model_args": is_named(is_setting),
+    "n_inner": is_count,
+    "format": is_count,
+    "iter_num": is_count,
+    "best_val_loss": is_loss,
+    "config": is_named(is_setting),
+    "tokenizer": is_spec,
+    "val_sha256": is_text,
+}
+# What a whole checkpoint of ours holds besides: ckpt.pt and those that are kept.
+RUN_SCHEMA = {
+    "optimizer": is_named(lambda value: isinstance(value, (dict, list))),
+    "scaler": is_named(is_number),
+    "sequence_index": is_count,
+    "skipped_steps": is_count,
+    "worse_evaluations": is_count,
+    "row": is_named(is_figure),
+    "data_sha256": is_text,
+    "wandb_run_id": is_text,
+}
+
+
+def load(path, remedy="--init_from=PATH takes another"):
+    """A checkpoint's dict, on the CPU. Raises UserError unless every byte is as it was written and fits the schema.
+
+    `remedy` says what to do about a damaged one, and is followed by the names of those beside it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"there is no checkpoint {path}")
+    try:
+        # torch.load does not look at the archive's checksums.
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except OSError as error:
+        raise UserError(f"{path} can't be read ({error.strerror or error}); it may be whole") from None
+    except Exception as error:  # zipfile may meet anything in damaged bytes.
+        damaged = str(error) or type(error).__name__
+    if damaged:
+        others = ", ".join(p.name for p in sorted(path.parent.glob("*.pt")) if p != path) or "none"
+        raise UserError(f"{path} is damaged ({damaged}); {remedy} (beside it: {others})")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # An unpickler may meet anything in a file that is not a checkpoint.
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it names {named[1]}" if named else " ".join(str(error).split())[:150]
+        raise UserError(f"{path} is not a checkpoint of plain data ({reason}); it was not opened") from None
+    if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
+        raise UserError(f"{path} holds no model and model_args: it is not a checkpoint of ours or nanoGPT's")
+    wrong = [key for key, fits in SCHEMA.items() if key in checkpoint and not fits(checkpoint[key])]
+    if wrong:
+        raise UserError(f"{path} is none of ours or nanoGPT's: its {wrong[0]} is of another kind")
+    if checkpoint.get("format", FORMAT) > FORMAT:
+        raise UserError(f"{path} was written by a newer version of this program; update this one")
+    return checkpoint
+
+
+def check_whole(checkpoint, path):
+    """Raise UserError unless a loaded checkpoint has all that a run needs to go on."""
+    if "format" not in checkpoint:
+        raise UserError(
+            f"{path} is nanoGPT's, which does not say where in the data it was; start a new run from its weights: "
+            f"--init_from={path} and another --out_dir"
+        )
+    if "sequence_index" not in checkpoint:
+        raise UserError(
+            f"{path} holds weights alone; a new run starts from them by --init_from={path} and another --out_dir"
+        )
+    for key, fits in (SCHEMA | RUN_SCHEMA).items():
+        if key == "val_sha256" and key not in checkpoint:  # The first files of format 1 do not have it.
+            continue
+        if key not in checkpoint or not fits(checkpoint[key]):
+            what = "is of another kind" if key in checkpoint else "is missing"
+            raise UserError(f"{path} can't be resumed: its {key} {what}; take another checkpoint")
+
+
+def weights(model):
+    """The entries of a checkpoint that describe a model."""
+    return {"model": model.state_dict(), "model_args": model_args(model.config), "n_inner": model.config.n_inner}
+
+
+def build(checkpoint, path):
+    """The model that a checkpoint's dict holds. Raises UserError where its weights do not fit its shape."""
+    try:
+        config = GPTConfig(**checkpoint["model_args"], n_inner=checkpoint.get("n_inner", 0))
+        # The wrappers of torch.compile and DDP leave prefixes in nanoGPT's files, and its older attention a mask.
+        state = {k.replace("_orig_mod.", "").removeprefix("module."): v for k, v in checkpoint["model"].items()}
+        model = assemble(config, {k: v for k, v in state.items() if not k.endswith(".attn.bias")})
+    except (TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:150]
+        raise UserError(f"{path}: its weights do not fit its model_args ({reason})") from None
+    spec = checkpoint.get("tokenizer", "")
+    if (ids := tokenizer.vocab_size_of(spec)) > config.vocab_size:
+        raise UserError(f"{path} has {config.vocab_size:,} ids, its tokenizer {spec[:40]!r} {ids:,}; take another")
+    return model
+
+
+# ---- opening any model ----
+
+
+def of_run(out_dir):
+    """The checkpoints of a run to sample from or to evaluate, the preferred one first: the best, else the last."""
+    paths = [Path(out_dir, name) for name in ("best.pt", "ckpt.pt", "final.pt")]
+    return [p for p in paths if p.is_file()]
+
+
+def newest_run(root="out"):
+    """The folder under `root`, or `root` itself, that was saved to last. Raises UserError for none."""
+    saved = [p for folder in (Path(root), *Path(root).glob("*/")) for p in of_run(folder)]
+    if not saved:
+        raise UserError(f"there is no run under {root}/; train one, or name a model by --init_from=")
+    return max(saved, key=lambda p: p.stat().st_mtime).parent
+
+
+@dataclass
+class Opened:
+    """A model to start from, to sample from or to evaluate."""
+
+    model: GPT
+    name: str  # where it came from, for people
+    path: Path | None  # its checkpoint file
+    tokenizer: str  # its tokenizer's spec; '' in nanoGPT's, whose dataset tells
+    dataset: str  # the dataset it was trained on; '' where it is not known
+    iter_num: int  # steps it was trained
+
+
+def open_run(out_dir="", init_from=""):
+    """The model of a script that uses one: init_from if it names one, else the run in out_dir, else the newest run."""
+    if init_from and init_from != "resume":
+        return open_model(init_from)
+    folder = Path(out_dir) if out_dir else newest_run()
+    if not (found := of_run(folder)):
+        raise UserError(f"there is no checkpoint in {folder}; train first, or name a model by --init_from=")
+    return open_model(found[0])
+
+
+def open_model(source):
+    """Open a checkpoint file, a run's folder, a Hugging Face folder, or a name on the hub, as an Opened.
+
+    Raises UserError where there is no such model or it cannot be read.
+    """
+    path = Path(source)
+    if path.is_dir() and not (path / "config.json").exists():
+        if not (found := of_run(path)):
+            raise UserError(f"{path} holds neither a checkpoint nor a Hugging Face config.json")
+        path = found[0]
+    if path.is_file():
+        checkpoint = load(path)
+        model, dataset = build(checkpoint, path), checkpoint.get("config", {}).get("dataset", "")
+        if not is_text(dataset):
+            raise UserError(f"{path} is none of ours or nanoGPT's: its dataset is of another kind")
+        return Opened(model, str(path), path, checkpoint.get("tokenizer", ""), dataset, checkpoint.get("iter_num", 0))
+    known = huggingface.GPT2_NAMES
+    may_be_on_hub = str(source) in known or str(source).count("/") == 1 and not path.parent.is_dir()
+    if not path.is_dir() and (path.suffix == ".pt" or not may_be_on_hub):
+        raise UserError(f"{str(source)!r} is no checkpoint, folder, {', '.join(known)} or OWNER/NAME on the hub")
+    model, spec = huggingface.load(source)
+    V = model.config.vocab_size
+    if not spec and (spec := {50257: "gpt2", 257: "bytes"}.get(V, "")) and os.environ.get("RANK", "0") == "0":
+        settings.say(f"{source}: by its {V:,} ids it is taken to have the tokenizer {spec!r}", file=sys.stderr)
+    return Opened(model, str(source), None, spec or f"of {source}, which has {V:,} ids,", "", 0)

@@ -1,0 +1,280 @@
+"""data/NAME -> the batch of a step and the windows of an evaluation.
+
+data/NAME/{train,val,test}.bin hold token ids, little-endian uint16 (uint32 above 65,536 ids) and nothing else.
+meta.json beside them says which tokenizer made them and what each split holds. A document is preceded by one
+end-of-text, which no count and no reported figure includes. lib/prepare.py writes such folders.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+from lib import tokenizer
+from lib.settings import UserError
+
+import numpy as np
+
+SPLITS = ("train", "val", "test")
+TOKEN_FILES = (*SPLITS, "val_lm_eval", "test_lm_eval")  # The last two hold the pages of the protocol `lm_eval`.
+COUNTS = ("tokens", "documents", "words", "lines", "bytes")  # what meta.json says of a split
+
+
+# ---- reading a dataset ----
+
+
+def names(root="data"):
+    """The datasets there are."""
+    return sorted({p.parent.name for p in Path(root).glob("[!.]*/*.bin")})
+
+
+class Dataset:
+    """data/NAME, opened: .tokenizer_spec .vocab_size .eot .dtype .splits {split: counts, None where not known}.
+
+    .checksums {split: sha256} are those of the verified splits. A folder without meta.json is nanoGPT's: uint16 and
+    GPT-2 ids, or the characters of its meta.pkl. Raises UserError where there is no such folder, or where its
+    meta.json does not describe one.
+    """
+
+    def __init__(self, name, root="data"):
+        self.name, self.folder, self.checksums = name, Path(root, name), {}
+        self.paths = {s: p for s in TOKEN_FILES if (p := self.folder / f"{s}.bin").is_file()}
+        self.has_meta = (self.folder / "meta.json").exists()
+        if not self.paths and not self.has_meta:
+            known = ", ".join(names(root)) or "none yet"
+            raise UserError(
+                f"there is no dataset {str(self.folder)!r} (there: {known}); `python prepare_text.py FILES "
+                f"--dataset={name}` makes one of your own text, prepare_stdlib.py the demo's"
+            )
+        if self.has_meta:
+            meta = read_meta(self.folder / "meta.json")
+            self.tokenizer_spec, self.vocab_size = meta["tokenizer"], meta["vocab_size"]
+            self.dtype, self.splits = np.dtype(meta["dtype"]).newbyteorder("<"), meta["splits"]
+        else:
+            self.tokenizer_spec = tokenizer.nanogpt_spec(name, root=root)
+            self.vocab_size = tokenizer.vocab_size_of(self.tokenizer_spec)
+            self.dtype = np.dtype("<u2")
+            self.splits = {split: dict.fromkeys((*COUNTS, "sha256")) for split in self.paths}
+        self.eot = tokenizer.eot_of(self.tokenizer_spec)
+
+    def check_tokenizer(self, opened):
+        """Raise UserError unless the tokenizer of an Opened model is the one that made these tokens."""
+        if (spec := tokenizer.spec_of_model(opened)) != self.tokenizer_spec:
+            raise UserError(
+                f"{opened.name} has the tokenizer {spec[:40]!r}, {self.folder} was made with "
+                f"{self.tokenizer_spec[:40]!r}; take or prepare data with the model's"
+            )
+
+    def tokens(self, split):
+        """The ids of a split as they lie in the file, end-of-texts included: a read-only memory map."""
+        if split not in self.splits or split not in self.paths:
+            have = ", ".join(s for s in self.paths if s in self.splits)
+            raise UserError(f"{self.folder} has no {split} split (there: {have or 'none'}); prepare the data again")
+        path, counts = self.paths[split], self.splits[split]
+        size, width = path.stat().st_size, self.dtype.itemsize
+        if size == 0 or size % width:
+            raise UserError(f"{path} is {size:,} bytes long, not a whole number of {width}-byte ids; prepare it again")
+        if None not in (counts["tokens"], counts["documents"]):
+            expected = counts["tokens"] + counts["documents"]
+            if size != width * expected:
+                raise UserError(f"{path} holds {size // width:,} ids, meta.json says {expected:,}; prepare it again")
+        return np.memmap(path, self.dtype, mode="r")
+
+    def verify(self, split):
+        """Read a split once: its ids lie in the vocabulary, and its checksum is meta.json's. Returns the sha256."""
+        tokens, digest, path = self.tokens(split), hashlib.sha256(), self.paths[split]
+        is_wide = not self.has_meta and len(tokens) > 2  # unless an id in an odd place shows that it is not
+        for i in range(0, len(tokens), 1 << 24):
+            part = tokens[i : i + (1 << 24)]
+            digest.update(part.data)
+            is_wide = is_wide and not part[1::2].any() and bool(part[::2].any())
+            if (top := int(part.max())) >= self.vocab_size:
+                raise UserError(
+                    f"{path} holds the id {top:,}, beyond the vocabulary of {self.vocab_size:,}; "
+                    "prepare the data again with the right tokenizer"
+                )
+        if is_wide:
+            raise UserError(
+                f"{path} has ids of four bytes or more; without a meta.json they must be uint16, write it so"
+            )
+        if self.splits[split].get("sha256") not in (None, digest.hexdigest()):
+            raise UserError(f"{path} is not the file that meta.json describes; prepare the data again")
+        self.checksums[split] = digest.hexdigest()
+        return self.checksums[split]
+
+    def text_ids(self, split):
+        """The ids of a split without end-of-texts, verified and in memory: what an evaluation scores."""
+        self.verify(split)
+        tokens = self.tokens(split)
+        return np.asarray(tokens[tokens != self.eot] if self.eot >= 0 else tokens)
+
+    def validation_ids(self):
+        """What a training run evaluates. Raises UserError where that is less than an input and a target."""
+        ids = self.text_ids("val") if "val" in self.paths else ()
+        if len(ids) < 2:
+            raise UserError(
+                f"{self.folder} has no val split of two tokens or more; prepare one, or train by --eval_interval=0"
+            )
+        return ids
+
+    def document_ids(self, split):
+        """The ids of a split with one end-of-text before each document, verified and in memory.
+
+        nanoGPT writes it after each document: there the last one is moved to the front. Raises UserError where there
+        is no end-of-text.
+        """
+        if self.eot < 0:
+            raise UserError(f"{self.folder} has no end-of-text that would part documents; --protocol=stream needs none")
+        self.verify(split)
+        tokens, documents = np.asarray(self.tokens(split)), self.splits[split]["documents"]
+        if documents not in (None, found := np.count_nonzero(tokens == self.eot)):
+            raise UserError(
+                f"{self.paths[split]} has {found:,} end-of-texts, meta.json says {documents:,}; prepare it again"
+            )
+        if tokens[0] == self.eot:
+            return tokens
+        return np.concatenate([np.array([self.eot], tokens.dtype), tokens[: -1 if tokens[-1] == self.eot else None]])
+
+
+def read_meta(path):
+    """What a meta.json holds. Raises UserError for what could not have been written for a dataset."""
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        spec, vocab_size = meta["tokenizer"], meta["vocab_size"]
+        tokenizer.check_spec(spec)
+        if type(vocab_size) is not int or not 0 < vocab_size <= 1 << 32 or meta["dtype"] not in ("uint16", "uint32"):
+            raise ValueError("impossible values")
+        if tokenizer.vocab_size_of(spec) not in (0, vocab_size):
+            raise ValueError(f"{spec[:40]!r} has not {vocab_size} ids")
+        for c in meta["splits"].values():
+            if not all(c[k] is None or type(c[k]) is int and 0 <= c[k] < 1 << 63 for k in COUNTS):
+                raise ValueError("impossible counts")
+            for k, column in c.get("per_document", {}).items():
+                if (len(column), sum(column)) != (c["documents"], c[k]):
+                    raise ValueError("counts of other documents")
+        return meta
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise UserError(
+            f"{path} is not readable as a dataset's meta.json ({type(error).__name__}: {str(error)[:100]}); "
+            "prepare the data again"
+        ) from None
+
+
+# ---- the batch of a step: a function of tokens, seed, block_size and the index of a sequence in the run ----
+
+
+def mix64(x, key=0):
+    """A 64-bit hash of uint64 values: the finalizer of SplitMix64 (Steele, Lea and Flood 2014)."""
+    x = np.asarray(x, np.uint64) + np.uint64(key % 2**64)
+    with np.errstate(over="ignore"):
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def seed_of(*parts):
+    """One 63-bit seed from several whole numbers, unrelated for neighbouring ones."""
+    state = 0
+    for part in parts:
+        state = int(mix64(state, 0x9E3779B97F4A7C15 * (part + 1)))
+    return state >> 1
+
+
+def permute(index, n, key):
+    """Where the permutation `key` of range(n) sends each of `index`: computed, never stored.
+
+    A Feistel network of six rounds on the next even number of bits; a value that leaves the range is sent on until
+    it is back inside (Black and Rogaway 2002, cycle walking).
+    """
+    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+    mask = np.uint64((1 << int(half)) - 1)
+    out, outside = np.array(index, np.uint64), np.ones(len(index), bool)
+    while outside.any():
+        x = out[outside]
+        left, right = x >> half, x & mask
+        for r in range(6):
+            left, right = right, left ^ (mix64(right, key + r * 0x9E3779B97F4A7C15) & mask)
+        out[outside] = left << half | right
+        outside = out >= n
+    return out.astype(np.int64)
+
+
+def blocks_per_epoch(n_tokens, block_size):
+    """Sequences in an epoch: the same in each, whatever its offset. Raises UserError where there is not one."""
+    if n_tokens <= block_size:
+        remedy = f"take block_size={n_tokens - 1} or less, or more text" if n_tokens > 1 else "prepare more text"
+        raise UserError(
+            f"the train split has {n_tokens:,} tokens, fewer than a block of {block_size:,} and a target; {remedy}"
+        )
+    return max(1, n_tokens // block_size - 1)
+
+
+def sequence_starts(n_tokens, block_size, seed, index):
+    """Where in the tokens the sequences `index` (counted since the start of the run) begin: int64, one for each.
+
+    Every epoch cuts the tokens into disjoint blocks at an offset of its own, in an order of its own.
+    """
+    blocks = blocks_per_epoch(n_tokens, block_size)
+    slack = n_tokens - 1 - blocks * block_size  # ids that an epoch leaves out, at its two ends
+    index, starts = np.asarray(index, np.int64), np.empty(len(index), np.int64)
+    for epoch in np.unique(index // blocks):
+        here = index // blocks == epoch
+        key = seed_of(seed, int(epoch))
+        starts[here] = permute(index[here] % blocks, blocks, key) * block_size + key % (slack + 1)
+    return starts
+
+
+def batch(tokens, block_size, seed, first, count, vocab_size=1 << 32):
+    """Sequences first..first+count-1 of the run: inputs and targets, int64 (count, block_size) each.
+
+    Raises UserError for an id beyond the vocabulary, which a file has that was overwritten after it was verified.
+    """
+    starts = sequence_starts(len(tokens), block_size, seed, np.arange(first, first + count))
+    rows = np.stack([tokens[i : i + block_size + 1] for i in starts]).astype(np.int64)
+    if (top := int(rows.max())) >= vocab_size:
+        raise UserError(
+            f"the train split holds the id {top:,} now, beyond the vocabulary of {vocab_size:,}; it was overwritten "
+            "while the run read it, so put back the file and go on"
+        )
+    return rows[:, :-1], rows[:, 1:]
+
+
+# ---- evaluation windows ----
+
+
+def stream_windows(n, block_size, stride=0):
+    """The windows of the `stream` protocol over n ids, [(begin, end, first scored)]; each id but the first counts once.
+
+    A window reads ids[begin:end]; the targets from `first scored` on count. stride 0 or block_size: disjoint, with
+    block_size inputs and as many targets. Else block_size ids, each `stride` further, as transformers' guide has them.
+    """
+    windows, scored, begin = [], 1, 0
+    width, step = (block_size, stride) if 0 < stride < block_size else (block_size + 1, block_size)
+    while scored < n:
+        end = min(begin + width, n)
+        windows.append((begin, end, scored))
+        scored, begin = end, begin + step
+    return windows
+
+
+def document_windows(ids, eot, block_size):
+    """The windows of `documents` and `lm_eval`, as stream_windows has them; each id but `eot` counts once.
+
+    ids begins with an end-of-text and has one before each document. A document's first window reads it; a later one
+    reads block_size ids, those before its targets, so that a short last one overlaps with the window before it.
+    """
+    windows, starts = [], np.flatnonzero(ids == eot).tolist()
+    for start, stop in zip(starts, [*starts[1:], len(ids)], strict=True):
+        for first in range(start + 1, stop, block_size):
+            end = min(first + block_size, stop)
+            windows.append((max(start, end - 1 - block_size), end, first))
+    return windows
+
+
+def window_batch(ids, windows, width):
+    """Inputs and targets of some windows, int64 (len(windows), width) each; a target that does not count is -1."""
+    x = np.zeros((len(windows), width), np.int64)
+    y = np.full((len(windows), width), -1, np.int64)
+    for row, (begin, end, first) in enumerate(windows):
+        x[row, : end - 1 - begin] = ids[begin : end - 1]
+        y[row, first - 1 - begin : end - 1 - begin] = ids[first:end]
+    return x, y

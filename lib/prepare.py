@@ -1,0 +1,280 @@
+"""Text -> data/NAME: read in pieces, encoded by threads, counted, and written whole or not at all."""
+
+import codecs
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from lib import data, files, settings
+from lib.settings import UserError
+
+import numpy as np
+
+PIECE = 1 << 20  # bytes of a read, and about as many characters for a thread at a time
+
+
+# ---- reading text ----
+
+
+def read_pieces(path, begin=0, end=None):
+    """Yield the text in bytes begin..end of a UTF-8 file as pieces (text, is_last) that encode as the whole would.
+
+    A piece ends where white space follows something else. GPT-2's pre-tokenizer breaks there, whatever comes later.
+    Raises UserError for a byte that is not UTF-8, with the file and the offset, and for a file that can't be read.
+    """
+    end = os.path.getsize(path) if end is None else end
+    decoder, text = codecs.getincrementaldecoder("utf-8")(), ""
+    with open(path, "rb") as f:
+        f.seek(begin)
+        at = begin
+        while at < end:
+            pending = len(decoder.getstate()[0])  # bytes of a character that the last block has begun
+            try:
+                block = f.read(min(PIECE, end - at))
+            except OSError as error:  # A broken disk is reported without the name of the file.
+                raise UserError(
+                    f"{path} can't be read ({error.strerror or error}); put a sound copy in its place"
+                ) from None
+            if not block:
+                raise UserError(f"{path} became shorter while it was read; prepare again")
+            try:
+                text += decoder.decode(block, final=at + len(block) >= end)
+            except UnicodeDecodeError as error:
+                offset = at - pending + error.start
+                raise UserError(
+                    f"{path}: byte {offset:,} is not UTF-8; convert the file, or name others with a glob"
+                ) from None
+            if at == 0 and text.startswith("\ufeff"):  # the byte-order mark of a Windows editor
+                text = text[1:]
+            at += len(block)
+            if at < end and (cut := cut_before_space(text)):
+                yield text[:cut], False
+                text = text[cut:]
+    yield text, True
+
+
+def cut_before_space(text):
+    """The last position at which a newline follows something other than white space; 0 where there is none.
+
+    A text without such a newline is cut at any other white space in the same way.
+    """
+    cut = text.rfind("\n")
+    while cut > 0 and text[cut - 1].isspace():
+        cut = text.rfind("\n", 0, cut)
+    if cut > 0:
+        return cut
+    first = max(0, len(text) - PIECE - 1)  # The rest was searched when the text ended there.
+    return next((i for i in range(len(text) - 1, first, -1) if text[i].isspace() and not text[i - 1].isspace()), 0)
+
+
+ASCII_SPACE = np.array([chr(i).isspace() and i < 128 for i in range(256)])
+OTHER_SPACE = [chr(i) for i in range(128, 0x3001) if chr(i).isspace()]
+
+
+def count_words(text):
+    """The same as len(text.split()), without the memory of a list."""
+    if not text.isascii():
+        for space in OTHER_SPACE:
+            text = text.replace(space, " ")
+    space = ASCII_SPACE.take(np.frombuffer(text.encode(), np.uint8))
+    return int(np.count_nonzero(space[:-1] > space[1:])) + int(len(space) > 0 and not space[0])
+
+
+# ---- encoding ----
+
+
+def encode_pieces(tok, dtype, pieces):
+    """Encode the pieces that a thread gets at a time. Returns {split: (ids, [counts of each piece])}.
+
+    A piece is (split, text, begins, ends, known): whether it begins and ends a document, and the counts that are not
+    taken from its text.
+    """
+    found = {}
+    for split, text, begins, ends, known in pieces:
+        ids, counted = found.setdefault(split, ([], []))
+        encoded = tok.encode(text).astype(dtype)
+        ids += [np.array([tok.eot], dtype), encoded] if begins else [encoded]
+        counts = {
+            "tokens": len(encoded),
+            "documents": int(begins),
+            "words": count_words(text),
+            "lines": text.count("\n") + (ends and text[-1:] not in ("", "\n")),
+            "bytes": len(text) if text.isascii() else len(text.encode()),
+        }
+        counted.append(counts | known)
+    return {split: (np.concatenate(ids), counted) for split, (ids, counted) in found.items()}
+
+
+def add_counts(total, counts):
+    """Add counts to `total` in place. A count that is unknown (None) for a part is unknown for the whole."""
+    for k, v in counts.items():
+        total[k] = None if v is None or total.get(k, 0) is None else total.get(k, 0) + v
+
+
+class SplitFile:
+    """A token file while it is written, with the checksum and the counts of its ids so far."""
+
+    def __init__(self, file, lists_documents):
+        self.file, self.lists_documents = file, lists_documents
+        self.hash, self.totals, self.documents = hashlib.sha256(), {}, []
+
+    def add(self, ids, counted):
+        """Append ids. `counted` holds the counts of each piece that they encode."""
+        self.file.write(ids.data)
+        self.hash.update(ids.data)
+        for counts in counted:
+            add_counts(self.totals, counts)
+            if self.lists_documents:
+                self.documents += [{}] if counts["documents"] else []
+                add_counts(self.documents[-1], counts)
+
+    def finish(self):
+        """Bring the file to the disk. Returns the entry of the split in meta.json."""
+        files.sync(self.file)
+        entry = {k: self.totals[k] for k in data.COUNTS} | {"sha256": self.hash.hexdigest()}
+        if self.documents:
+            known = [k for k in ("words", "lines", "bytes") if self.totals[k] is not None]
+            entry["per_document"] = {k: [d[k] for d in self.documents] for k in known}
+        return entry
+
+
+def encode_into(folder, name, tok, dtype, pieces, total_bytes, threads):
+    """Encode `pieces` into the token files of a folder. Returns {split: entry in meta.json}.
+
+    Reading, encoding and writing overlap. The number of pieces in memory is bounded.
+    """
+    from tqdm import tqdm
+
+    written, queue, began = {}, deque(), time.perf_counter()
+    # With disable=None a log file gets no bar. The line at the end has the same figure.
+    bar = tqdm(total=total_bytes, unit="B", unit_scale=True, desc=name, disable=None)
+    with contextlib.ExitStack() as stack, bar, ThreadPoolExecutor(threads) as pool:
+
+        def rate():
+            done = sum(f.totals["tokens"] for f in written.values())
+            return f"{done / (time.perf_counter() - began):,.0f} tokens/s"
+
+        def write_oldest():
+            for split, (ids, counted) in queue.popleft().result().items():
+                if split not in written:
+                    file = stack.enter_context(open(folder / f"{split}.bin", "wb"))
+                    # The train split may have millions of documents, and nothing needs the counts of each.
+                    written[split] = SplitFile(file, lists_documents=split != "train")
+                written[split].add(ids, counted)
+                bar.update(sum(counts["bytes"] or 0 for counts in counted))
+            bar.set_postfix_str(rate(), refresh=False)
+
+        group, size, begins = [], 0, True
+        for split, text, is_last, *known in pieces:
+            group.append((split, text, begins, is_last, *(known or [{}])))
+            size, begins = size + len(text), is_last
+            if size >= PIECE:
+                queue.append(pool.submit(encode_pieces, tok, dtype, group))
+                group, size = [], 0
+            if len(queue) > 3 * threads:
+                write_oldest()
+        if group:
+            queue.append(pool.submit(encode_pieces, tok, dtype, group))
+        while queue:
+            write_oldest()
+        entries = {split: written[split].finish() for split in data.TOKEN_FILES if split in written}
+    settings.say(f"encoded in {time.perf_counter() - began:.1f} s, {rate()}")
+    return entries
+
+
+# ---- writing data/NAME ----
+
+
+def write(name, tok, pieces, total_bytes, accept=None, root="data", threads=0):
+    """Encode `pieces`, an iterable of (split, text, is_last), into data/NAME. Returns the content of its meta.json.
+
+    A piece may have a fourth member such as {"lines": 3}. It replaces the counts of the text; None is an unknown
+    count. The folder appears, or its files are replaced, only after all files are on the disk and accept(meta) has
+    returned. `accept` rejects the data by an exception.
+    """
+    folder = Path(os.path.realpath(Path(root, name)))  # data/NAME may be a link to a larger disk.
+    # A rename works within one disk only. A folder that exists may be the root of a disk; its parent is on another.
+    partial = folder / ".partial" if folder.exists() else folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # the rest of a preparation that was killed
+    partial.mkdir(parents=True)
+    dtype = np.dtype("<u2") if tok.vocab_size <= 1 << 16 else np.dtype("<u4")
+    try:
+        splits = encode_into(partial, name, tok, dtype, pieces, total_bytes, threads or os.cpu_count())
+        if not splits:
+            raise UserError(f"there is no text to make data/{name} of; name a source that holds some")
+        meta = {"tokenizer": tok.spec, "vocab_size": tok.vocab_size, "dtype": dtype.name, "splits": splits}
+        if accept:
+            accept(meta)
+        # One line for each list: there may be thousands of documents.
+        text = re.sub(r"\[[\s\d,]+\]", lambda m: " ".join(m[0].split()), json.dumps(meta, indent=2))
+        with open(partial / "meta.json", "w", encoding="utf-8") as f:
+            f.write(text)
+            files.sync(f)
+        put_in_place(partial, folder, splits)
+        return meta
+    except OSError as error:
+        if error.filename:
+            raise
+        # A full disk is reported without the name of a file. Whatever reads a source names it in an error of its own.
+        raise UserError(f"data/{name} can't be written ({error.strerror or error}); make room for it") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def put_in_place(partial, folder, splits):
+    """Rename the finished folder, or move its files into the folder that exists."""
+    if not folder.exists():
+        os.rename(partial, folder)
+        return
+    # meta.json goes first. Sizes and checksums disagree with it until the last token file has followed. A replacement
+    # that is cut short in between is therefore refused, and is not taken for either dataset.
+    for file in ["meta.json", *(f"{split}.bin" for split in splits)]:
+        os.replace(partial / file, folder / file)
+    for split in set(data.TOKEN_FILES) - set(splits):
+        (folder / f"{split}.bin").unlink(missing_ok=True)
+
+
+def summary(name, meta):
+    """The counts of a dataset, a line for each split."""
+    lines = [f"data/{name}: tokenizer {meta['tokenizer']}, {meta['vocab_size']:,} ids"]
+    for split, c in meta["splits"].items():
+        facts = [f"{c[k]:,} {k}" for k in data.COUNTS if c[k] is not None]
+        lines.append(f"  {split:12s} {', '.join(facts)}")
+    return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def lock(name, root="data"):
+    """A lock between the processes of a machine: one of them prepares data/NAME, and the others wait."""
+    Path(root).mkdir(parents=True, exist_ok=True)
+    held = files.lock(Path(root, f".{name}.lock"))
+    try:
+        yield
+    finally:
+        held.release()
+
+
+def ensure(name, root="data"):
+    """Run prepare_NAME.py where data/NAME is missing. Only one process of a machine runs it.
+
+    A name without such a script is left to data.Dataset, which lists the datasets that exist. Raises UserError where
+    the script fails.
+    """
+    script = Path(__file__).parent.parent / f"prepare_{name}.py"
+    # prepare_text.py does not prepare a dataset "text". It has to be told which files to read.
+    if name in data.names(root) or name == "text" or not script.exists():
+        return
+    with lock(f"{name}.train", root):
+        if name not in data.names(root):
+            settings.say(f"data/{name} is missing: running {script.name}")
+            if subprocess.run([sys.executable, str(script)]).returncode:
+                raise UserError(f"{script.name} did not finish, so there is no data/{name} to train on")

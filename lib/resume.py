@@ -1,0 +1,258 @@
+"""Where a command begins: at a new run, or at one to go on with; and what then must agree. Nothing here writes."""
+
+import contextlib
+import math
+import os
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+
+from lib import checkpoint
+from lib.settings import UserError
+
+import torch
+
+# Whatever else differs at a resume is printed, and takes effect.
+SHAPE = ("n_layer", "n_head", "n_embd", "n_inner", "bias")
+MUST_AGREE = ("block_size", *SHAPE, "seed", "optimizer")
+NEEDED = (*MUST_AGREE, "batch_size", "gradient_accumulation_steps", "init_from")
+MAY_DIFFER_UNSAID = ("out_dir", "init_from", "resume_from", "overwrite", "eval_only")
+# What a run leaves in out_dir. Only --overwrite=True removes it.
+FILES = ("ckpt.pt", "best.pt", "final.pt", "ckpt_iter_*.pt", "ckpt_epoch_*.pt", "eval_*.json", "metrics.jsonl")
+
+
+@dataclass
+class State:
+    """How far a run has come: all that changes in it besides weights, optimizer and loss scale."""
+
+    step: int = 0  # steps done
+    sequence: int = 0  # the next sequence of the run, which is its place in the data
+    best_val_loss: float = math.inf  # the lowest validation loss, which best.pt has
+    worse: int = 0  # evaluations in a row with no better loss
+    skipped: int = 0  # steps that were left out because they were not finite
+    row: dict = field(default_factory=dict)  # figures of this step for metrics.jsonl
+
+
+# A State's fields, and their names in a checkpoint. iter_num and best_val_loss are nanoGPT's.
+KEYS = {"step": "iter_num", "best_val_loss": "best_val_loss", "sequence": "sequence_index"}
+KEYS |= {"worse": "worse_evaluations", "skipped": "skipped_steps", "row": "row"}
+
+
+@dataclass
+class Start:
+    """Where a command begins."""
+
+    path: Path | None = None  # the checkpoint that it goes on from; None is a new run
+    ckpt: dict = field(default_factory=dict)  # what that checkpoint holds
+    state: State = field(default_factory=State)
+    in_place: bool = False  # path is out_dir's own ckpt.pt; else the command begins in a new out_dir
+    stamp: tuple | None = None  # of out_dir's ckpt.pt, to notice another process that saves meanwhile
+
+
+def find(s, dataset, rt):
+    """The Start of a command. Raises UserError where the command contradicts what is in out_dir."""
+    last = Path(s.out_dir, "ckpt.pt")
+    start = Start(stamp=stamp(last), path=checkpoint_to_resume(s, rt.restarted))
+    if not start.path:
+        return start
+    start.ckpt = load(start.path)
+    changes = check_agreement(start.ckpt, start.path, s, dataset)
+    start.state = State(**{name: start.ckpt[key] for name, key in KEYS.items()})
+    start.in_place = is_same(start.path, last)
+    then = start.ckpt["config"]
+    s.init_from = then["init_from"]  # A resume does not change where the run's first weights came from.
+    if start.in_place:
+        s.resume_from = then.get("resume_from", "")
+    validation = dataset.checksums.get("val", "")
+    has_other_validation = validation and start.ckpt.get("val_sha256", "") not in ("", validation)
+    if has_other_validation:  # Losses of the two can't be compared.
+        start.state.row.pop("val_loss", None)
+        changes.append("the validation split is another one, and the best loss counts anew")
+    if has_other_validation or not start.in_place:
+        # best.pt of the run before stays where it is. Here the best is this checkpoint, if it was evaluated.
+        val_loss = start.state.row.get("val_loss")
+        start.state.best_val_loss = val_loss if checkpoint.is_number(val_loss) else math.inf
+        start.state.worse = 0
+    rt.say(f"resuming {start.path} at step {start.state.step:,}" + "".join(f"; {change}" for change in changes))
+    return start
+
+
+def is_finished(s, start, max_iters, rt):
+    """Whether a command has nothing to train. Raises UserError where the processes do not see the same run."""
+    step = start.state.step
+    if s.eval_only:
+        return False
+    if start.path and not start.in_place and step > max_iters:
+        raise UserError(f"{start.path} is of step {step:,}, this command ends at {max_iters:,}; raise its length")
+    ended = start.in_place and has_ended(start.state, max_iters, s.patience)
+    finished = step > max_iters or ended and holds_step(Path(s.out_dir, "final.pt"), step)
+    if not rt.same((step, finished)):
+        raise UserError(f"the processes find different checkpoints in {s.out_dir}; put it on a shared disk")
+    if finished:
+        longer = "patience" if step < max_iters else "max_epochs" if s.max_epochs else "max_iters"
+        rt.say(f"{s.out_dir} has finished at step {step:,}; raise {longer}, or start anew by --overwrite=True")
+    return finished
+
+
+def has_ended(state, max_iters, patience):
+    """Whether a run is at its end, by its length or by its patience."""
+    return state.step == max_iters or 0 < patience <= state.worse
+
+
+def holds_step(path, step):
+    """Whether `path` has weights of this step."""
+    with contextlib.suppress(UserError):
+        return checkpoint.load(path).get("iter_num") == step
+    return False
+
+
+def load(path):
+    """A checkpoint to go on from. Raises UserError."""
+    remedy = "go on from another by --resume_from=PATH and a new --out_dir, or start anew by --overwrite=True"
+    return checkpoint.load(path, remedy)
+
+
+def checkpoint_to_resume(s, restarted):
+    """The checkpoint that a command goes on from, or None where it starts a run. Raises UserError.
+
+    restarted: torchrun has started the command again after a failure.
+    """
+    last = Path(s.out_dir, "ckpt.pt")
+    if s.overwrite and s.init_from == "resume":
+        raise UserError("overwrite=True starts anew and init_from=resume goes on; give one of them")
+    if s.eval_only and s.init_from != "resume":
+        return Path(s.resume_from) if s.resume_from else None
+    if s.init_from == "resume" and not last.exists():
+        raise UserError(f"init_from=resume: there is no {last} to resume; check out_dir, or start from scratch")
+    if s.overwrite and not (restarted and last.exists() and load(last)["config"].get("overwrite")):
+        check_overwrite(s)
+        return Path(s.resume_from) if s.resume_from else None
+    if last.exists():
+        if s.resume_from and not is_same(s.resume_from, last):
+            began_from = load(last).get("config", {}).get("resume_from")
+            if not began_from or not is_same(began_from, s.resume_from):
+                raise UserError(
+                    f"{s.out_dir} holds another run, and resume_from={s.resume_from} begins a new one; take another "
+                    "--out_dir, or --overwrite=True, which removes what is there"
+                )
+        return last
+    if last.is_symlink():
+        raise UserError(
+            f"{last} is a link to {os.readlink(last)}, which is not there; mount its disk, or remove the link"
+        )
+    if left := files_of_run(s.out_dir):
+        raise UserError(
+            f"{s.out_dir} has {left[0].name} but no ckpt.pt to go on from; take another --out_dir, or "
+            "--overwrite=True, which removes what is there"
+        )
+    return Path(s.resume_from) if s.resume_from else None
+
+
+def files_of_run(out_dir):
+    """What a run has left in out_dir. A link counts, wherever it leads."""
+    names = os.listdir(out_dir) if os.path.isdir(out_dir) else ()
+    return sorted(Path(out_dir, name) for name in names if any(fnmatch(name, pattern) for pattern in FILES))
+
+
+def check_overwrite(s):
+    """Raise UserError where --overwrite=True would remove the very weights that the new run starts from."""
+    out = Path(s.out_dir)
+    files = [path.resolve() for path in files_of_run(out)]
+    for key, source in (("init_from", s.init_from), ("resume_from", s.resume_from)):
+        is_out = source not in ("", "scratch") and is_same(source, out) and not (out / "config.json").exists()
+        if source and (Path(source).resolve() in files or is_out and files):
+            raise UserError(f"overwrite=True would remove {key}={source} itself; take another --out_dir")
+
+
+def is_same(a, b):
+    return Path(a).resolve() == Path(b).resolve()
+
+
+def stamp(path):
+    """What changes when a file is replaced; None for no file."""
+    with contextlib.suppress(OSError):
+        found = path.stat()
+        return found.st_ino, found.st_mtime_ns
+
+
+# ---- what must agree ----
+
+
+def check_agreement(ckpt, path, s, dataset):
+    """Raise UserError where a checkpoint cannot be gone on with under these settings. Returns what else differs."""
+    checkpoint.check_whole(ckpt, path)
+    then = ckpt["config"]
+    now = settings_to_go_on(s, then)
+    for key, value in now.items():
+        if (key in NEEDED and key not in then) or (key in then and not is_kind_of(then[key], value)):
+            raise UserError(f"{path} can't be resumed: its setting {key} is missing or of another kind")
+    tokens = [c["batch_size"] * c["gradient_accumulation_steps"] * c["block_size"] for c in (then, now)]
+    pairs = {key: (then[key], now[key]) for key in MUST_AGREE} | {"tokens a step": tuple(tokens)}
+    wrong = [f"{key} was {old} and is {new}" for key, (old, new) in pairs.items() if old != new]
+    if ckpt["data_sha256"] != dataset.checksums["train"]:
+        wrong.append(f"the tokens of data/{s.dataset}/train.bin are others")
+    if ckpt["tokenizer"] != dataset.tokenizer_spec:
+        wrong.append(f"the tokenizer was {ckpt['tokenizer'][:40]!r} and is {dataset.tokenizer_spec[:40]!r}")
+    if wrong:
+        raise UserError(
+            f"{path} can't be resumed: {'; '.join(wrong)}; take it back, or start a run by another --out_dir or "
+            "--overwrite=True"
+        )
+    changed = [key for key, value in now.items() if key not in MAY_DIFFER_UNSAID and then.get(key, value) != value]
+    return [f"{key} {then[key]} -> {now[key]}" for key in changed]
+
+
+def settings_to_go_on(s, then):
+    """A command's settings beside those of a checkpoint. A run from other weights has the shape of those weights."""
+    return asdict(s) | ({} if then.get("init_from") == "scratch" else {k: then[k] for k in SHAPE if k in then})
+
+
+def is_kind_of(value, example):
+    """Whether a checkpoint's setting is of the kind that the command's is. `compile` may be a switch or a text."""
+    kinds = {bool: (bool, str), str: (bool, str), int: (int,), float: (int, float), tuple: (list, tuple)}[type(example)]
+    return type(value) in kinds
+
+
+def restore(start, optimizer, scaler):
+    """Give the optimizer its moments and the scaler its loss scale, as a checkpoint of a run has them.
+
+    Rates, decays and all else that the settings decide stay as the optimizer was made. Raises UserError for a
+    checkpoint whose moments do not fit the parameters, since a fused optimizer would write beyond them.
+    """
+    saved, held = start.ckpt["optimizer"], start.ckpt["scaler"]
+    groups = optimizer.state_dict()["param_groups"]
+    if reason := misfit(saved, optimizer.param_groups, groups):
+        raise UserError(f"{start.path} can't be resumed: its optimizer {reason}; take another checkpoint")
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+    if scaler.is_enabled() and held:
+        if held.keys() != scaler.state_dict().keys() or not held["scale"] > 0:
+            raise UserError(f"{start.path} can't be resumed: its scaler is none of torch's; take another checkpoint")
+        scaler.load_state_dict(held)
+
+
+def misfit(saved, groups, numbered):
+    """Why an optimizer's saved state does not fit the parameters of its groups; '' where it does."""
+    saved_groups, state = saved.get("param_groups"), saved.get("state")
+    if not isinstance(saved_groups, list) or not isinstance(state, dict):
+        return "is none of torch's"
+    saved_numbers = [g.get("params") if isinstance(g, dict) else None for g in saved_groups]
+    if not all(isinstance(n, list) and all(type(i) is int for i in n) for n in saved_numbers):
+        return "is that of other parameters"
+    if saved_numbers != [g["params"] for g in numbered]:
+        return "is that of other parameters"
+    if not state:  # No step has been done yet.
+        return ""
+    if state.keys() != {i for g in numbered for i in g["params"]}:
+        return "has the moments of other parameters"
+    for group, numbers in zip(groups, numbered, strict=True):
+        names = {"momentum_buffer"} if group.get("muon") else {"step", "exp_avg", "exp_avg_sq"}
+        for i, p in zip(numbers["params"], group["params"], strict=True):
+            if not isinstance(state[i], dict) or state[i].keys() != names:
+                return "has other moments"
+            for name, moment in state[i].items():
+                shape = () if name == "step" else p.shape
+                if not isinstance(moment, torch.Tensor) or moment.shape != shape or not moment.is_floating_point():
+                    return f"has a moment {name} of another shape"
+                if not moment.isfinite().all():
+                    return f"has a moment {name} that is not finite"
+    return ""

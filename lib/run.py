@@ -1,0 +1,285 @@
+"""What a command writes into a run's folder, and what of it is on the disk; W&B.
+
+out_dir holds ckpt.pt (all that it takes to go on), best.pt and final.pt (weights), ckpt_iter_N.pt and ckpt_epoch_N.pt
+(kept for good), metrics.jsonl and .lock. Of several processes only the first one writes. All see the same State.
+"""
+
+import contextlib
+import copy
+import json
+import math
+import os
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from lib import checkpoint, files, settings
+from lib.resume import FILES, KEYS, files_of_run, has_ended, stamp
+from lib.settings import UserError
+
+import torch
+from filelock import Timeout
+
+RETRY_SECONDS = 60  # from a ckpt.pt that could not be written to the next attempt
+
+
+class Run:
+    """out_dir while a command trains in it.
+
+    saved, best_loss, has_final and failed_at say what is on the disk. The loop changes `state` and tells the Run what
+    happened. A write that fails is reported, and the older file stands: ckpt.pt is tried again after a minute, and
+    best.pt leaves its place to the next better weights.
+    """
+
+    def __init__(self, s, rt, writer, start, model, optimizer, scaler, dataset):
+        self.s, self.rt, self.writer, self.state, self.dataset = s, rt, writer, start.state, dataset
+        self.model, self.optimizer, self.scaler = model, optimizer, scaler
+        self.out, self.ckpt_path = Path(s.out_dir), Path(s.out_dir, "ckpt.pt")
+        self.began_at = start.state.step if start.path else None  # the step of the checkpoint that was resumed
+        self.saved = copy.deepcopy(start.state) if start.in_place else None  # the State in ckpt.pt; None for no file
+        self.best_loss = start.state.best_val_loss  # the validation loss of best.pt
+        self.has_final = False  # final.pt is on the disk, with the weights of the last step
+        self.failed_at = None  # when ckpt.pt last could not be written; None when it was
+        self.save_is_due = not start.in_place  # The first save shows at once whether the disk takes a checkpoint.
+        self.writes = rt.rank == 0
+        if self.writes:
+            self.take_folder(start)
+            self.wandb = WandB(s, start.ckpt["wandb_run_id"] if start.in_place else "")
+            keep_rows_before(self.out / "metrics.jsonl", self.state.step)
+
+    def take_folder(self, start):
+        """Lock out_dir. Remove what a killed write has left there, and with --overwrite=True what a run has."""
+        try:
+            if self.out.is_symlink() and not self.out.exists():
+                raise UserError(f"out_dir={self.out} is a link to {os.readlink(self.out)}, which is not there; make it")
+            self.out.mkdir(parents=True, exist_ok=True)
+            self.lock = files.lock(self.out / ".lock", timeout=0)
+            self.folder_id = folder_id(self.out)
+            if stamp(self.ckpt_path) != start.stamp:
+                raise UserError(f"another process has just saved {self.ckpt_path}; the same command goes on from there")
+            partials = [path for name in FILES for path in self.out.glob(f"{name}.partial")]
+            for path in partials + (files_of_run(self.out) if not start.in_place and self.s.overwrite else []):
+                path.unlink()
+        except Timeout:
+            lock = self.out / ".lock"
+            raise UserError(
+                f"another process trains in {self.out} and holds {lock}; stop it, or name another --out_dir"
+            ) from None
+        except OSError as error:
+            at = f", {error.filename}" if error.filename else ""
+            raise UserError(f"out_dir={self.out} can't be written ({error.strerror}{at}); name another") from None
+
+    def ended(self, max_iters):
+        """Whether the run is at its end, by its length or by its patience."""
+        return has_ended(self.state, max_iters, self.s.patience)
+
+    # ---- what the loop tells ----
+
+    def evaluated(self, val_loss):
+        """Take note of the validation loss of the state. Every process calls this."""
+        state = self.state
+        self.rt.say(f"step {state.step:,} | val loss {val_loss:.4f}, perplexity {math.exp(min(val_loss, 99)):.2f}")
+        state.row |= {"step": state.step, "tokens": state.sequence * self.s.block_size, "val_loss": val_loss}
+        if not math.isfinite(val_loss):
+            raise self.diverged(f"the validation loss is {val_loss}")
+        # Only the first process knows of a best.pt that could not be written.
+        state.best_val_loss = self.rt.of_the_first(state.best_val_loss)
+        state.worse = 0 if val_loss < state.best_val_loss else state.worse + 1
+        state.best_val_loss = min(state.best_val_loss, val_loss)
+        self.save_is_due |= self.s.always_save_checkpoint or val_loss == state.best_val_loss
+
+    def save_what_is_due(self, kept_names):
+        """Write ckpt.pt and best.pt where it is time for them. ckpt.pt keeps this state under `kept_names`."""
+        state = self.state
+        # The run that came to this step first has kept it already, with its own settings.
+        kept_names = kept_names if state.step != self.began_at else []
+        retry = self.failed_at is not None and time.monotonic() - self.failed_at > RETRY_SECONDS
+        if self.saved != state and (kept_names or retry or self.save_is_due):
+            self.failed_at, self.save_is_due = None, False
+            self.save("ckpt.pt", kept_names)
+        # The row decides, since a resumed run may have been killed between ckpt.pt and best.pt. Random weights are not
+        # worth a file.
+        is_best = state.row.get("val_loss") == state.best_val_loss
+        if is_best and (state.step or self.s.init_from != "scratch"):
+            self.save("best.pt")
+
+    def log_row(self):
+        """Add the row of this step to metrics.jsonl and to W&B. A resume at this step replaces it."""
+        row = self.state.row
+        if not self.writes or not row:
+            return
+        # JSON has no NaN and no infinity: null says that a figure was not finite.
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        try:
+            self.check_folder()
+            files.append_line(self.out / "metrics.jsonl", json.dumps(finite))
+        except OSError as error:
+            self.rt.say(f"{self.out / 'metrics.jsonl'} could not be written ({error.strerror}); training goes on")
+        self.wandb.log(row)
+
+    def finish(self, interrupted):
+        """Bring the last step to the disk, and final.pt unless interrupted. Raises UserError where there is no room."""
+        if not self.writes:
+            return
+        self.collect(wait=True)
+        if self.saved != self.state:
+            self.save("ckpt.pt")
+            self.collect(wait=True)
+        if self.saved != self.state:
+            raise UserError(f"the last steps are not saved: make room in {self.out}, and the same command goes on")
+        if not interrupted:
+            self.save("final.pt")
+            self.collect(wait=True)
+            if not self.has_final:
+                raise UserError(f"final.pt is not written: make room in {self.out}, and the same command writes it")
+
+    def close(self):
+        if self.writes:
+            self.wandb.finish()
+
+    # ---- files ----
+
+    def save(self, name, kept_names=()):
+        """Begin to write the whole run as ckpt.pt, or its weights as best.pt or final.pt.
+
+        On a CPU the file is written when this returns. collect() takes note of it.
+        """
+        if not self.writes:
+            return
+        ends = [end for p in self.model.parameters() for end in torch.aminmax(p.detach())]
+        if not torch.stack(ends).isfinite().all():
+            raise self.diverged("the weights are not finite")
+        content = checkpoint.weights(self.model) | {
+            "format": checkpoint.FORMAT,
+            "iter_num": self.state.step,
+            "best_val_loss": self.state.best_val_loss,
+            "config": asdict(self.s),
+            "tokenizer": self.dataset.tokenizer_spec,
+        }
+        state = copy.deepcopy(self.state)
+        if name == "ckpt.pt":
+            content |= {key: getattr(state, field) for field, key in KEYS.items()} | {
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "data_sha256": self.dataset.checksums["train"],
+                "val_sha256": self.dataset.checksums.get("val", ""),
+                "wandb_run_id": self.wandb.id,
+            }
+        self.check_folder()
+        self.writer.write(self.out / name, content, [self.out / kept for kept in kept_names], about=state)
+        self.collect()
+
+    def collect(self, wait=False):
+        """Take note of the writes that have ended; of all of them, if need be after waiting."""
+        for write in self.writer.ended(wait) if self.writes else ():
+            if write.error:
+                self.failed(write)
+                continue
+            if write.path == self.ckpt_path:
+                self.saved = write.about
+                (self.out / "final.pt").unlink(missing_ok=True)  # of a run that has been made longer since
+            if write.path.name == "best.pt":
+                self.best_loss = write.about.best_val_loss
+            self.has_final = write.path.name == "final.pt"
+            if self.s.wandb_log_checkpoints and write.path.name != "final.pt":
+                self.wandb.log_file(write.path)
+
+    def failed(self, write):
+        """Report a write that failed. Raises UserError where there is no checkpoint yet that would stand."""
+        names = " and ".join(map(str, [write.path, *write.links]))
+        reason = f"{names} could not be written ({write.error.strerror or write.error})"
+        if not self.ckpt_path.exists():
+            raise UserError(f"{reason}; make room there, or name another --out_dir")
+        if write.path == self.ckpt_path:
+            self.failed_at = time.monotonic()
+            reason += f"; the older one stands, the next attempt at ckpt.pt follows in {RETRY_SECONDS} s"
+        if write.path.name == "best.pt" and self.state.best_val_loss == write.about.best_val_loss:
+            self.state.best_val_loss = self.best_loss  # The next weights that are better than those on the disk.
+        self.rt.say(reason)
+
+    def check_folder(self):
+        """Raise UserError where out_dir is no longer the folder that was locked. Another run may be in its place."""
+        if folder_id(self.out) != self.folder_id:
+            step = f", of step {self.saved.step:,}," if self.saved else ""
+            raise UserError(
+                f"{self.out} is no longer the folder that this run has locked, so nothing more is written there; the "
+                f"last checkpoint{step} is where that folder was moved to, if it was not removed"
+            )
+
+    def diverged(self, how):
+        """The UserError of a run that can't recover, once the writes before it have ended."""
+        self.collect(wait=True)
+        exists = self.ckpt_path.exists()
+        then = f"the last good checkpoint stands in {self.out}: go on from it" if exists else "start"
+        return UserError(
+            f"the run has diverged at step {self.state.step:,}: {how}; {then} with a lower --learning_rate"
+        )
+
+
+def folder_id(path):
+    """What tells a folder from another one that took its name; None for no folder."""
+    with contextlib.suppress(OSError):
+        found = os.stat(path)
+        return found.st_dev, found.st_ino
+
+
+def keep_rows_before(path, step):
+    """Drop the rows of metrics.jsonl from a step on, and a last one cut short. Raises UserError."""
+    if not path.exists():
+        return
+    if not path.is_file():
+        raise UserError(f"{path} is no file, and the rows of the run go there; move it away")
+    text, rows = path.read_text(encoding="utf-8", errors="replace"), []
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+            rows += [line] if json.loads(line)["step"] < step else []
+    wanted = "".join(row + "\n" for row in rows)
+    try:
+        if wanted != text:
+            files.write_text(path, wanted)
+    except OSError as error:
+        raise UserError(f"{path} can't be written ({error.strerror}); make room in {path.parent}") from None
+
+
+class WandB:
+    """A W&B run. Where it fails it says so once and logs no more, and the training goes on. `id` is '' without one."""
+
+    def __init__(self, s, run_id):
+        self.run, self.id = None, run_id
+        if s.wandb_log:
+            self.attempt(self.start, s)
+
+    def start(self, s):
+        import wandb
+
+        self.run = wandb.init(
+            project=s.wandb_project,
+            entity=s.wandb_entity or None,
+            name=s.wandb_run_name or None,
+            tags=s.wandb_tags or None,
+            id=self.id or None,
+            resume="allow",
+            config=asdict(s),
+        )
+        self.id = self.run.id
+        self.run.define_metric("step")
+        self.run.define_metric("*", step_metric="step")  # W&B's own step can't go back, and a resume may.
+
+    def attempt(self, action, *args, **kwargs):
+        try:
+            action(*args, **kwargs)
+        except Exception as error:  # A service may raise anything.
+            settings.say(f"W&B failed ({' '.join(str(error).split())[:200]}); training goes on without it")
+            self.run = None
+
+    def log(self, row):
+        if self.run:
+            self.attempt(self.run.log, row)
+
+    def log_file(self, path):
+        if self.run:
+            self.attempt(self.run.log_artifact, str(path), name=f"{self.id}-{path.stem}", type="model")
+
+    def finish(self):
+        if self.run:
+            self.attempt(self.run.finish)

