@@ -5,9 +5,9 @@
     python bench.py --jobs=train --trace=trace.json                and where the time goes, for ui.perfetto.dev
     python bench.py --jobs=prepare --text='books/*.txt'
 
-The limits are measured too. Training and evaluation stand beside the rate of the model's own matrix products, sampling
-beside reading the weights once for each token, and preparing beside the tokenizer alone. Nothing is downloaded: the
-text is Python's standard library, and the weights are those that train.py draws.
+The limits are measured too. That of training and evaluation is the rate of the model's own matrix products. That of
+sampling is reading the weights once for each token, and that of preparing is the tokenizer alone. Nothing is
+downloaded: the text is Python's standard library, and the weights are those that train.py draws.
 """
 
 import contextlib
@@ -47,8 +47,8 @@ class Settings:
     block_size: int = 1024  # tokens in a sequence
     batch_size: int = 1  # sequences in a micro-batch of training
     gradient_accumulation_steps: int = 1  # micro-batches in a step
-    recompute: bool = False  # training that computes each block again in the backward pass
-    steps: int = 5  # steps of training, whose median rate counts
+    recompute: bool = False  # True computes each block again in the backward pass
+    steps: int = 5  # steps of training that count, by their median rate
     eval_tokens: int = 8192  # tokens to evaluate
     num_samples: int = 1  # samples that are drawn at once
     max_new_tokens: int = 224  # tokens of each sample, after a prompt of 32
@@ -69,17 +69,17 @@ def check(s):
         divisible="n_embd n_head",
     )
     if wrong := [job for job in s.jobs or [""] if job not in JOBS]:
-        raise UserError(f"jobs={wrong[0]}: the jobs are {','.join(JOBS)}")
+        raise UserError(f"jobs={wrong[0]}: take one or more of {','.join(JOBS)}")
     if s.trace and "train" not in s.jobs:
         raise UserError(f"trace={s.trace} is of training; add train to --jobs")
     if s.eval_tokens < 2:
-        raise UserError(f"eval_tokens={s.eval_tokens}: the first is only read, so take 2 or more")
+        raise UserError(f"eval_tokens={s.eval_tokens}: the first one is not scored, so take 2 or more")
     if s.text and not any(map(os.path.isfile, glob.glob(s.text, recursive=True))):
         raise UserError(f"text={s.text} names no files; write a glob, such as 'books/*.txt'")
     if s.json:
         files.check_json(s.json)
     if s.trace:
-        files.check_json(s.trace, "trace")
+        files.check_json(os.path.abspath(s.trace), "trace")
 
 
 # ---- processes ----
@@ -117,7 +117,10 @@ sys.exit(status)
 
 
 def run(folder, *command, env=None):
-    """Run Python with these arguments: [(seconds since its start, line)] of its output, and the memory that it took."""
+    """Run Python with these arguments in a folder. Returns its output and its memory. Raises UserError where it fails.
+
+    The output is [(seconds since the start, line)], the memory {"peak_memory": bytes, "peak_gpu_memory": bytes}.
+    """
     began, lines = time.perf_counter(), []
     with Watch() as watch:
         process = subprocess.Popen(
@@ -175,7 +178,7 @@ def best_seconds(work, device, seconds=2.0):
 
 def matmul_rate(s, device, dtype, training):
     """FLOP/s of the largest product of a block: a micro-batch's (N, C) by the MLP's (C, 4 C)."""
-    torch.backends.cuda.matmul.allow_tf32 = training  # The scripts have it so.
+    torch.backends.cuda.matmul.allow_tf32 = training  # lib/runtime.py sets it in the same way.
     N, C = s.batch_size * s.block_size, s.n_embd
     x, w = (torch.randn(shape, device=device, dtype=dtype) for shape in ((N, C), (C, 4 * C)))
     return 8 * N * C * C / best_seconds(lambda: x @ w, device)
@@ -217,10 +220,10 @@ except SystemExit as end:
     if end.code:
         raise
 profiler.export_chrome_trace(trace)
-found = profiler.key_averages()
-by = "device" if any(e.self_device_time_total for e in found) else "cpu"
+averages = profiler.key_averages()
+by = "device" if any(e.self_device_time_total for e in averages) else "cpu"
 print("where the time goes:")
-print(found.table(sort_by=f"self_{by}_time_total", row_limit=15, max_name_column_width=50))
+print(averages.table(sort_by=f"self_{by}_time_total", row_limit=15, max_name_column_width=50))
 """
 
 
@@ -259,12 +262,12 @@ def training_rate(rows):
 
 
 def measure(s, folder):
-    """{job: its figures} of the jobs in s.jobs, which are done in this folder."""
+    """Do the jobs in s.jobs in a folder. Returns {job: its figures}."""
     text = os.path.abspath(s.text) if s.text else str(Path(sysconfig.get_path("stdlib"), "*.py"))
-    machine, found = [f"--device={s.device}", f"--dtype={s.dtype}"], {}
+    machine, results = [f"--device={s.device}", f"--dtype={s.dtype}"], {}
 
     def done(job, figures):
-        found[job] = figures
+        results[job] = figures
         print(f"{job}: {figures['tokens_per_sec']:,.0f} tokens/s", flush=True)
 
     lines, memory = run(folder, ROOT / "prepare_text.py", text, "--dataset=bench", "--val_fraction=0.1")
@@ -273,7 +276,7 @@ def measure(s, folder):
         limit = {"limit": number(r"alone ([\d.]+)", alone), "limit_is": "the tokenizer alone"}
         done("prepare", {"tokens_per_sec": number(r"encoded in .* s, ([\d,]+) tokens/s", lines)} | limit | memory)
     if set(s.jobs) == {"prepare"}:
-        return found
+        return results
 
     # The first run is cold, and leaves the weights. The second finds what the first has compiled, and is measured.
     cache = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "compiled")}
@@ -309,13 +312,13 @@ def measure(s, folder):
         rate = bandwidth(device)
         limit = {"limit": s.num_samples * rate / (parameters * dtype.itemsize), "limit_is": f"{rate / 1e9:.3g} GB/s"}
         done("sample", sampling(s, folder, machine) | limit)
-    return found
+    return results
 
 
-def table(found):
+def table(results):
     head = ("job", "tokens/s", "limit", "share", "of", "memory GB", "GPU GB", "first step s: cold", "warm")
     rows = [head]
-    for job, f in found.items():
+    for job, f in results.items():
         sizes = [f"{f[k] / 1e9:.2f}" if f[k] else "-" for k in ("peak_memory", "peak_gpu_memory")]
         first = [f"{f[k]:.1f}" if k in f else "-" for k in ("first_step_cold", "first_step_warm")]
         share = f"{f['tokens_per_sec'] / f['limit']:.0%}"
@@ -331,10 +334,10 @@ def main():
     # With --json=- the report has standard output for itself.
     with contextlib.redirect_stdout(sys.stderr if s.json == "-" else sys.stdout):
         with tempfile.TemporaryDirectory(prefix="bench") as folder:
-            found = measure(s, Path(folder))
-        print(f"\n{table(found)}", flush=True)
+            results = measure(s, Path(folder))
+        print(f"\n{table(results)}", flush=True)
     if s.json:
-        files.write_json(s.json, {"torch": torch.__version__, "settings": asdict(s), "results": found})
+        files.write_json(s.json, {"torch": torch.__version__, "settings": asdict(s), "results": results})
 
 
 if __name__ == "__main__":

@@ -39,11 +39,11 @@ class Settings:
     block_size: int = 0  # tokens in a window; 0 is the model's own
     stride: int = 0  # tokens from a window of `stream` to the next one; 0 is block_size
     batch_size: int = 0  # windows at once; 0 is 8 on a GPU, and on a CPU 1, since its cache holds no more
-    json: str = ""  # where the figures are written, - for standard output; '' is eval_SPLIT.json beside the checkpoint
+    json: str = ""  # where the figures are written, - for standard output; '' is eval_SPLIT.json beside a checkpoint
     # machine
     device: str = "auto"  # auto, cuda, cuda:1, mps, cpu
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto, float32, bfloat16, float16
-    compile: Literal["auto", True, False] = False  # auto, True, False: torch.compile; pays for large splits only
+    compile: Literal["auto", True, False] = False  # auto, True, False: torch.compile, which pays for large splits only
 
 
 def read(dataset, split, protocol, block_size, stride):
@@ -63,9 +63,8 @@ def read(dataset, split, protocol, block_size, stride):
         ids = dataset.document_ids(token_file(split, protocol))
         starts = np.flatnonzero(ids == dataset.eot)
         windows = data.document_windows(ids, dataset.eot, block_size)
-        windows.sort(
-            key=lambda window: window[0] - window[1]
-        )  # The longest come first, so that those in a batch are alike.
+        # The longest windows come first, so that those of a batch are alike.
+        windows.sort(key=lambda window: window[0] - window[1])
     if not windows:
         raise UserError(f"{dataset.folder} has too few tokens in {split}; there is nothing to score")
     return ids, windows, starts
@@ -81,10 +80,10 @@ def score(model, ids, windows, starts, block_size, batch_size, rt, name=""):
     The sums are taken in float64. `starts` (D,) says where documents begin.
     """
     total, nlls, scored = 0.0, np.zeros(len(starts)), np.zeros(len(starts), np.int64)
-    # disable=None: no bar where no person watches.
+    # With disable=None a log file gets no bar.
     for i in tqdm(range(0, len(windows), batch_size), desc=name, unit="batch", leave=False, disable=None):
         part = windows[i : i + batch_size]
-        # A compiled model wants one shape: windows of nothing fill the last batch.
+        # A compiled model wants one shape, so empty windows fill the last batch.
         part += [(0, 1, 1)] * (batch_size - len(part) if rt.compile else 0)
         width = block_size if rt.compile else max(end - 1 - begin for begin, end, _ in part)
         with rt.autocast():
@@ -101,7 +100,7 @@ def score(model, ids, windows, starts, block_size, batch_size, rt, name=""):
 
 
 def units(protocol, counts, scored):
-    """What each figure is per: {figure: number, None where not known}, or arrays (D,) of the documents'."""
+    """The denominator of each figure: {figure: number, or an array (D,) of the documents'; None where not known}."""
     words, lines = counts.get("words"), counts.get("lines")
     if protocol == "stream":  # A line's end is a word there, as in the vocabularies of the word-level papers.
         words = None if words is None or lines is None else words + lines
@@ -121,8 +120,8 @@ def figures(nll, per):
     }
 
 
-def standard_errors(found, nlls, per):
-    """The standard error of each of the figures `found`, from the nats nlls (D,) and the units (D,) of documents.
+def standard_errors(values, nlls, per):
+    """The standard error of each of the figures `values`, from the nats nlls (D,) and the units (D,) of documents.
 
     A figure is a function of the ratio R = sum(nll) / sum(units). If the documents are drawn independently, the error
     of R is sqrt(D / (D - 1) * sum((nll_d - R units_d)^2)) / sum(units) (Cochran 1977, 6.4). By the delta method that of
@@ -130,7 +129,7 @@ def standard_errors(found, nlls, per):
     known, or where it is beyond a float64.
     """
     errors, D = {}, len(nlls)
-    for figure, value in found.items():
+    for figure, value in values.items():
         if value is None or per[figure] is None or D < 2:
             errors[figure] = None
             continue
@@ -158,7 +157,7 @@ def evaluate(model, text, counts, protocol, block_size, stride, batch_size, rt):
         raise UserError("the model gives no finite loss on this text; its weights have diverged")
     scored, expected = int(each.sum()), len(ids) - (1 if protocol == "stream" else len(starts))
     assert scored == expected, f"{scored} tokens scored of {expected}"
-    found = figures(nll, units(protocol, counts, scored))
+    values = figures(nll, units(protocol, counts, scored))
     columns = {k: np.array(v) for k, v in counts.get("per_document", {}).items()}
     return {
         "protocol": protocol,
@@ -166,9 +165,9 @@ def evaluate(model, text, counts, protocol, block_size, stride, batch_size, rt):
         "stride": stride if protocol == "stream" else 0,
         "tokens_scored": scored,
         "nll": nll,
-        **found,
+        **values,
         "documents": len(starts),
-        "standard_error": standard_errors(found, nlls, units(protocol, columns, each)),
+        "standard_error": standard_errors(values, nlls, units(protocol, columns, each)),
         "document_nll": nlls.tolist(),  # for the comparison of two models on the same documents
     }
 
@@ -199,7 +198,7 @@ def main():
     opened = checkpoint.open_run(s.out_dir, s.init_from)
     name, model = s.dataset or opened.dataset, opened.model.to(rt.device).eval()
     if not name:
-        raise UserError(f"{opened.name} does not say what it was trained on; --dataset=NAME")
+        raise UserError(f"{opened.name} does not say what it was trained on; name the data by --dataset=NAME")
     dataset = data.Dataset(name)
     dataset.check_tokenizer(opened)
     split = s.split or ("test" if "test" in dataset.paths else "val")
@@ -246,7 +245,7 @@ def main():
 
 # The counts by which WikiText's test text is known.
 WIKITEXT_TEST = {"tokens": 283_287, "words": 241_211, "lines": 4_358, "bytes": 1_287_656}
-# What others have published of it with GPT-2's tokens: protocol, source, figures.
+# These figures are what others have published of it with GPT-2's tokens: (protocol, source, figures).
 PUBLISHED = (
     ("stream", "Transformer, 125 M, from scratch (Hyena paper, table 4.3)", {"token_ppl": 18.6}),
     ("stream", "Hyena-3-slim, 125 M, and hybrid H3, 125 M (the same)", {"token_ppl": 18.5}),

@@ -31,7 +31,7 @@ class Settings:
 
 
 def byte_letters():
-    """The 256 characters that stand for bytes in GPT-2's vocabulary files: printable ones for themselves."""
+    """The 256 characters that stand for bytes in GPT-2's vocabulary files. A printable byte stands for itself."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = iter(range(256, 512))
     return [chr(b) if b in printable else chr(next(others)) for b in range(256)]
@@ -110,7 +110,7 @@ def write_folder(folder, contents, state):
         for path in partial.iterdir():
             with open(path, "rb") as f:
                 os.fsync(f.fileno())
-        os.chmod(partial, 0o777 & ~umask())  # mkdtemp gives the folder, and safetensors its file, to their owner alone.
+        os.chmod(partial, 0o777 & ~umask())  # mkdtemp and safetensors leave others no access.
         os.chmod(partial / "model.safetensors", 0o666 & ~umask())
         os.replace(partial, folder)
         files.sync_folder(folder.parent)
@@ -128,10 +128,10 @@ def umask():
 def main():
     s = settings.load(Settings, command_line_only=("init_from",))
     if not s.hf_dir:
-        raise UserError("--hf_dir=FOLDER is missing: where to write the model")
+        raise UserError("--hf_dir is missing; name the folder to write by --hf_dir=FOLDER")
     folder = Path(os.path.realpath(s.hf_dir))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"--hf_dir={s.hf_dir} holds something already; name another folder or remove it")
+        raise UserError(f"--hf_dir={s.hf_dir} holds something already; name another folder, or remove this one")
     opened = checkpoint.open_run(s.out_dir, s.init_from)
     tok = find_tokenizer(opened)
     contents, state = model_files(opened.model, tok)

@@ -54,6 +54,7 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, cache=None, past=0):
         """x (B, T, C) -> (B, T, C). `cache` (2, B, nh, block_size, hs) holds keys and values of `past` positions."""
         B, T, C = x.shape
+        # Each of q, k and v is (B, nh, T, hs).
         q, k, v = (z.view(B, T, self.n_head, -1).transpose(1, 2) for z in self.c_attn(x).split(C, dim=2))
         if cache is not None:
             cache[0, :, :, past : past + T], cache[1, :, :, past : past + T] = k, v
@@ -91,7 +92,7 @@ class Block(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The loss, in chunks of positions, so that the (N, V) logits of a large batch are never in memory at once
+# The loss goes through the positions in chunks, so that the (N, V) logits of a large batch are never in memory at once.
 
 
 def compute_dtype(x):
@@ -136,8 +137,8 @@ def chunk_buffer(positions, weight):
 def softmax_nll(logits, targets):
     """(e (n, V), total (n, 1), nll (n, 1)) of logits (n, V) and targets (n, 1), in float32.
 
-    e / total is the softmax, and nll is -ln p of the targets. float32 logits are overwritten by e. The caller divides
-    what it makes of e by `total`, since that is smaller than e.
+    e / total is the softmax, and nll is -ln p of the targets. float32 logits are overwritten by e. The division is left
+    to the caller, which divides its products with e by `total`, since they are smaller than e.
     """
     if logits.dtype != torch.float32:
         logprobs = torch.log_softmax(logits, dim=1, dtype=torch.float32)
@@ -166,7 +167,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         grad_w = torch.zeros_like(w, dtype=torch.float32)
         total = torch.zeros((), dtype=torch.float32, device=x.device)
         scored = targets >= 0
-        logits = chunk_buffer(len(h), w)  # (rows, V) and the padding
+        logits = chunk_buffer(len(h), w)  # (rows, V and its padding)
         for i in range(0, len(h), len(logits)):
             part = slice(i, i + len(logits))
             index, counts = targets[part].clamp(min=0)[:, None], scored[part, None].float()
@@ -174,8 +175,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             e, mass, nll = softmax_nll(products[:, :V], index)
             total += (nll * counts).sum()
             # The gradient of the sum of losses by the logits is softmax - one-hot, and 0 where the target does not
-            # count. Here it is `mass` times that, and what is made of it is divided by `mass`. It takes the place of
-            # the products, whose padding is zero.
+            # count. e becomes `mass` times softmax - one-hot, and takes the place of the logits, whose padding is zero.
+            # The products with it are multiplied by `scale`: 1 / mass, or 0 where the target does not count.
             e.scatter_add_(1, index, -mass)
             if dtype != torch.float32:
                 products[:, :V] = e
@@ -193,7 +194,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         grad_x, grad_w, count = ctx.saved_tensors
-        scale = (grad_output / count).view(1, 1)  # A scalar without dimensions would leave half precision as it is.
+        scale = (grad_output / count).view(1, 1)  # With no dimensions it would not promote half precision to float32.
         return (grad_x * scale).to(ctx.dtypes[0]), (grad_w * scale).to(ctx.dtypes[1]), None
 
 
@@ -259,7 +260,10 @@ class GPT(nn.Module):
             block._compiled_call_impl = None
 
     def hidden(self, idx, cache=None, past=0):
-        """Final hidden states (B, T, C) of ids (B, T), which stand at the positions from `past` on."""
+        """Final hidden states (B, T, C) of ids (B, T), which stand at the positions from `past` on.
+
+        Raises ValueError for more than block_size positions.
+        """
         end = past + idx.size(1)
         if end > self.config.block_size:
             raise ValueError(f"{end} positions do not fit in block_size={self.config.block_size}")
@@ -268,7 +272,7 @@ class GPT(nn.Module):
             if cache is not None:
                 x = block(x, cache[i], past)
             elif self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)  # It draws dropout again as it was.
+                x = checkpoint(block, x, use_reentrant=False)  # Both passes draw the same dropout.
             else:
                 x = block(x)
         return self.transformer.ln_f(x)

@@ -29,6 +29,7 @@ def orthogonalize(matrices):
 
 
 def initial_state(p, group):
+    """The state of a parameter before its first step. AdamW's has torch's names."""
     if group["muon"]:
         return {"momentum_buffer": torch.zeros_like(p)}
     step = torch.zeros((), device=p.device if group["fused"] else "cpu")
@@ -57,7 +58,7 @@ class Muon(torch.optim.Optimizer):
             (self.muon_step if group["muon"] else self.adamw_step)(group, params)
 
     def muon_step(self, group, params):
-        alike = defaultdict(list)  # parameters by shape: those of one shape go in one batch
+        alike = defaultdict(list)  # {shape: parameters that go through orthogonalize in one batch}
         for p in params:
             alike[p.shape].append(p)
         for (rows, columns), ps in alike.items():

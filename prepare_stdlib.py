@@ -16,7 +16,7 @@ SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "enco
 
 @dataclass
 class Settings:
-    val_every: int = 20  # modules for each one that goes to the validation split; 2 or more
+    val_every: int = 20  # number of modules of which one goes to the validation split; 2 or more
 
 
 def modules():

@@ -39,10 +39,10 @@ def find_files(arguments):
     """The files that paths, folders and globs name, in order. Each is listed once, and empty ones are left out."""
     files = {}
     for argument in arguments:
-        found = [argument] if os.path.exists(argument) else sorted(glob.glob(argument, recursive=True))
-        if not found:
+        paths = [argument] if os.path.exists(argument) else sorted(glob.glob(argument, recursive=True))
+        if not paths:
             raise UserError(f"{argument}: there is no such file, folder or glob")
-        for path in map(Path, found):
+        for path in map(Path, paths):
             inside = [p for p in sorted(path.rglob("*")) if p.is_file() and not hidden(p, path)]
             for each in inside if path.is_dir() else [path]:
                 files.setdefault(each.resolve(), each)
@@ -74,8 +74,8 @@ def document_spans(path, separator):
     with mapped(path) as text:
         begin = len(codecs.BOM_UTF8) if text[:3] == codecs.BOM_UTF8 else 0  # the byte-order mark of an editor
         while begin < size:
-            found = text.find(mark, begin)
-            end = found if found >= 0 else size
+            at = text.find(mark, begin)
+            end = at if at >= 0 else size
             # The line ends around a separator belong to it and not to the documents.
             first, last = begin, end
             while first < last and text[first] in b"\r\n":
@@ -93,10 +93,10 @@ def last_lines(path, span, fraction):
     begin, end = span
     with mapped(path) as text:
         near = end - int((end - begin) * fraction)
-        ends = {text.rfind(b"\n", begin, min(near, end - 1)) + 1, text.find(b"\n", near, end - 1) + 1} - {0}
-    if not ends:
+        line_ends = {text.rfind(b"\n", begin, min(near, end - 1)) + 1, text.find(b"\n", near, end - 1) + 1} - {0}
+    if not line_ends:
         raise UserError(f"{path} is one line, which can't be split; name more files, or take --val_fraction=0")
-    cut = min(ends, key=lambda at: abs(at - near))
+    cut = min(line_ends, key=lambda at: abs(at - near))
     return np.array([[begin, cut], [cut, end]])
 
 
@@ -133,24 +133,24 @@ def main():
         if s.separator and all(mapped(path).find(s.separator.encode("utf-8", "surrogateescape")) < 0 for path in files):
             raise UserError(f"--separator={s.separator!r} is in none of these files; check its spelling")
         if sum(map(len, spans)) == 1 and s.val_fraction:
-            i = next(i for i, found in enumerate(spans) if len(found))
+            i = next(i for i, of_file in enumerate(spans) if len(of_file))
             spans[i] = last_lines(files[i], spans[i][0], s.val_fraction)
             is_val = np.array([False, True])
         else:
-            sizes = np.concatenate([found[:, 1] - found[:, 0] for found in spans])
+            sizes = np.concatenate([of_file[:, 1] - of_file[:, 0] for of_file in spans])
             if not len(sizes):
                 raise UserError("these files hold nothing but separators; name files with text")
             is_val = draw_validation(sizes, s.val_fraction, s.seed) if s.val_fraction else np.zeros(len(sizes), bool)
 
         def pieces():
             at = 0
-            for path, found in zip(files, spans, strict=True):
-                for begin, end in found.tolist():
+            for path, of_file in zip(files, spans, strict=True):
+                for begin, end in of_file.tolist():
                     for text, is_last in prepare.read_pieces(path, begin, end):
                         yield "val" if is_val[at] else "train", text, is_last
                     at += 1
 
-        total = sum(int((found[:, 1] - found[:, 0]).sum()) for found in spans)
+        total = sum(int((of_file[:, 1] - of_file[:, 0]).sum()) for of_file in spans)
         meta = prepare.write(s.dataset, tokenizer.load(s.tokenizer), pieces(), total, threads=s.threads)
     settings.say(prepare.summary(s.dataset, meta))
     settings.say(f"python train.py --dataset={s.dataset}")

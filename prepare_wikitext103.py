@@ -13,6 +13,7 @@ import re
 import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from lib import data, prepare, settings, tokenizer
@@ -22,8 +23,8 @@ REPO, NAME = "Salesforce/wikitext", "wikitext-103-raw-v1"
 RAW = {"train": "wiki.train.raw", "val": "wiki.valid.raw", "test": "wiki.test.raw"}
 HUB = {"train": "train", "val": "validation", "test": "test"}
 
-# Rows and words are those published with the corpus. Tokens are GPT-2's of the joined rows; for train, the count that
-# others have published.
+# Rows and words are those published with the corpus. Tokens are GPT-2's of the joined rows. Those of the train split
+# are the count that others have published.
 PUBLISHED = {
     "train": {"lines": 1_801_350, "words": 101_425_671, "tokens": 117_920_140},
     "val": {"lines": 3_760, "words": 213_886, "tokens": 247_289},
@@ -70,19 +71,19 @@ def open_source(source):
     path = Path(source)
     if path.is_file() and zipfile.is_zipfile(path):
         members = {Path(m.filename).name: m for m in zipfile.ZipFile(path).infolist()}
-        found = {s: members[name] for s, name in RAW.items() if name in members}
-        return {s: (m.file_size, lambda m=m: zip_rows(path, m)) for s, m in found.items()}
+        splits = {s: members[name] for s, name in RAW.items() if name in members}
+        return {s: (member.file_size, partial(zip_rows, path, member)) for s, member in splits.items()}
     if not path.is_dir():
         raise UserError(f"--source={source} is neither a folder nor a whole zip; name one that is")
-    raw = {s: found[0] for s, name in RAW.items() if (found := sorted(path.rglob(name)))}
+    raw = {s: paths[0] for s, name in RAW.items() if (paths := sorted(path.rglob(name)))}
     if raw:
-        return {s: (p.stat().st_size, lambda p=p: file_rows(p)) for s, p in raw.items()}
+        return {s: (p.stat().st_size, partial(file_rows, p)) for s, p in raw.items()}
     # A copy of the hub's whole repository has other corpora too.
     inner = path / NAME if (path / NAME).is_dir() else path
-    parquet = {s: found for s, hub in HUB.items() if (found := sorted(inner.rglob(f"{hub}-*.parquet")))}
+    parquet = {s: paths for s, hub in HUB.items() if (paths := sorted(inner.rglob(f"{hub}-*.parquet")))}
     # The text takes about twice the bytes of its parquet files.
-    sizes = {s: 2 * sum(p.stat().st_size for p in found) for s, found in parquet.items()}
-    return {s: (sizes[s], lambda f=found: parquet_rows(f)) for s, found in parquet.items()}
+    sizes = {s: 2 * sum(p.stat().st_size for p in paths) for s, paths in parquet.items()}
+    return {s: (sizes[s], partial(parquet_rows, paths)) for s, paths in parquet.items()}
 
 
 def file_rows(path):
@@ -121,8 +122,9 @@ def open_hub():
     from huggingface_hub.utils import logging
 
     logging.set_verbosity_error()  # The library retries by itself, and one_line reports what fails in the end.
-    found = datasets.load_dataset(REPO, NAME)
-    return {s: (found[hub].info.splits[hub].num_bytes, lambda d=found[hub]: hub_rows(d)) for s, hub in HUB.items()}
+    splits = datasets.load_dataset(REPO, NAME)
+    sizes = {s: splits[hub].info.splits[hub].num_bytes for s, hub in HUB.items()}
+    return {s: (sizes[s], partial(hub_rows, splits[hub])) for s, hub in HUB.items()}
 
 
 # ---- pages ----

@@ -4,7 +4,7 @@
     python sample.py --init_from=gpt2 --start="Once upon a time" --num_samples=4
     python sample.py --start=FILE:prompt.txt --temperature=0      greedy
     echo "def main" | python sample.py --start=-
-    python sample.py --dtype=bfloat16                             on a CPU faster for one sample, by rounded weights
+    python sample.py --dtype=bfloat16                             rounded weights: faster for one sample on a CPU
 
 The text goes to standard output. What the program says of itself goes to standard error.
 """
@@ -31,11 +31,11 @@ class Settings:
     init_from: str = ""  # a model instead of a run: a checkpoint, gpt2*, a Hugging Face folder; '' is the run
     start: str = ""  # the prompt: text, FILE:path, or - for standard input; '' is the beginning of a document
     num_samples: int = 1  # samples that are drawn at once
-    max_new_tokens: int = 500  # the most tokens that a sample gets; an end-of-text ends it before
+    max_new_tokens: int = 500  # the most tokens that a sample gets; an end-of-text ends it earlier
     temperature: float = 0.8  # divisor of the logits: likelier text below 1; 0 always takes the likeliest token
     top_k: int = 200  # number of the likeliest tokens that are drawn from; 0 is all
-    top_p: float = 1.0  # probability that the tokens drawn from, the likeliest ones, have together; 1 is all
-    seed: int = 1337  # of the draws: the same seed writes the same text
+    top_p: float = 1.0  # total probability of the likeliest tokens that are drawn from; 1 is all
+    seed: int = 1337  # seed of the draws; the same seed writes the same text
     # machine
     device: str = "auto"  # auto, cuda, cuda:1, mps, cpu
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto, float32, bfloat16, float16
@@ -50,14 +50,14 @@ def read_prompt(start):
             return Path(start[5:]).read_bytes().decode().removeprefix("\ufeff")
         return start.encode("utf-8", "surrogateescape").decode()  # the bytes that the shell handed over
     except OSError as error:
-        raise UserError(f"--start={start}: {error.strerror}") from None
+        raise UserError(f"--start={start}: {error.strerror}; name a file that can be read") from None
     except UnicodeError as error:
         unit = "character" if isinstance(error, UnicodeEncodeError) else "byte"
         raise UserError(f"the prompt is not UTF-8 at {unit} {error.start}; convert it") from None
 
 
 def encode_prompt(text, tok):
-    """A prompt's ids. The text <|endoftext|> is the end-of-text; an empty prompt is the beginning of a document."""
+    """A prompt's ids. The text <|endoftext|> becomes the end-of-text, and an empty prompt begins a document."""
     if tok.eot < 0:
         return tok.encode(text or ("\n" if "\n" in tok.chars else tok.chars[0])).tolist()
     ids = []
@@ -68,10 +68,10 @@ def encode_prompt(text, tok):
 
 
 class PackedLinear(nn.Module):
-    """A float32 linear layer for a CPU, without gradients, its weight stored in the order in which oneDNN reads it.
+    """A float32 linear layer for a CPU, without gradients. Its weight is stored in the order in which oneDNN reads it.
 
-    A few rows are multiplied in half the time then, at the full speed of the memory. A single row can have less to
-    read: the weight rounded to `dtype`.
+    A few rows then take half the time, since the weight is read at the full speed of the memory. For a single row there
+    can be less to read: the weight rounded to `dtype`.
     """
 
     def __init__(self, linear, rows, dtype):
@@ -88,7 +88,7 @@ class PackedLinear(nn.Module):
 
 
 def pack(model, rows, dtype=torch.float32):
-    """Make a float32 model, on a CPU with oneDNN, fast at `rows` tokens a time. It can do nothing else afterwards.
+    """Make a float32 model fast at `rows` tokens a time, on a CPU with oneDNN. It can only generate afterwards.
 
     dtype: what the weights are rounded to for a single row.
     """
@@ -111,11 +111,11 @@ def main():
     tok = tokenizer.load(tokenizer.spec_of_model(opened))
     model = opened.model.to(rt.device).eval()
     c = model.config
-    cache_bytes = 2 * c.n_layer * c.n_embd * c.block_size * rt.dtype.itemsize * s.num_samples  # keys and values
-    if cache_bytes > rt.memory() > 0:
-        raise UserError(f"num_samples={s.num_samples:,} at once do not fit in memory; take a smaller --num_samples")
     packs = rt.device.type == "cpu" and torch.backends.mkldnn.is_available()
     packs = packs and (rt.dtype == torch.float32 or s.num_samples == 1)
+    width = 4 if packs else rt.dtype.itemsize  # bytes of a key's or a value's number; a packed model keeps float32
+    if 2 * c.n_layer * c.n_embd * c.block_size * width * s.num_samples > rt.memory() > 0:
+        raise UserError(f"num_samples={s.num_samples:,} at once do not fit in memory; take a smaller --num_samples")
     if packs:
         pack(model, s.num_samples, rt.dtype)
     prompt = encode_prompt(text, tok)
@@ -123,7 +123,7 @@ def main():
     if len(prompt) > c.block_size:
         settings.say(f"of the prompt's {len(prompt):,} tokens the last {c.block_size:,} are read", file=sys.stderr)
 
-    if hasattr(sys.stdout, "reconfigure"):  # A notebook's has none, and is UTF-8.
+    if hasattr(sys.stdout, "reconfigure"):  # A notebook's stream can't, and is UTF-8.
         sys.stdout.reconfigure(encoding="utf-8")
     generator = torch.Generator(rt.device).manual_seed(s.seed)
     options = dict(temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, eot=tok.eot, vocab_size=tok.vocab_size)

@@ -31,8 +31,8 @@ class Settings:
     out_dir: str = "out"  # the run's folder: checkpoints and metrics.jsonl
     init_from: str = "scratch"  # scratch, resume (there must be a run), gpt2*, a Hugging Face folder, a checkpoint
     resume_from: str = ""  # a checkpoint from which a new run goes on, in an out_dir of its own; '' is none
-    overwrite: bool = False  # start anew, and remove what a run has left in out_dir
-    seed: int = 1337  # of the initial weights, the order of the data and dropout
+    overwrite: bool = False  # True starts anew, and removes what a run has left in out_dir
+    seed: int = 1337  # seed of the initial weights, of the order of the data and of dropout
     # data
     dataset: str = "wikitext103"  # a folder under data/
     batch_size: int = 12  # sequences in a micro-batch
@@ -51,14 +51,14 @@ class Settings:
     weight_decay: float = 0.1  # decay of matrices; biases and norms have none
     beta1: float = 0.9  # AdamW's decay of the mean of the gradients
     beta2: float = 0.95  # AdamW's decay of the mean of their squares
-    momentum: float = 0.95  # Muon's decay of the mean of the gradients; 0.9 is better for some hundred steps
+    momentum: float = 0.95  # Muon's decay of the mean of the gradients; 0.9 is better for runs of some hundred steps
     grad_clip: float = 1.0  # norm at which gradients are clipped; 0 is off
     # learning rate and length
     max_iters: int = 600_000  # steps of the run
     max_epochs: float = 0.0  # passes over the train split instead of max_iters; 0 is off
     lr_schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"  # cosine, linear, wsd, constant
-    cooldown_frac: float = 0.4  # share of the steps, the last ones, in which wsd goes down; it is flat before
-    decay_lr: bool = True  # False is lr_schedule=constant
+    cooldown_frac: float = 0.4  # share of the steps, the last ones up to lr_decay_iters, in which wsd lowers the rate
+    decay_lr: bool = True  # whether the rate decays; False is lr_schedule=constant
     warmup_iters: int = 2000  # steps of linear warm-up
     lr_decay_iters: int = 0  # the step at which the rate reaches min_lr; 0 is the last one
     min_lr: float = 6e-5  # the lowest rate
@@ -66,25 +66,25 @@ class Settings:
     eval_interval: int = 2000  # steps between evaluations, each with a checkpoint; 0 is never
     eval_iters: int = 0  # batches of the validation split in an evaluation, always the same ones; 0 is the whole split
     patience: int = 0  # evaluations in a row with no better loss after which the run ends; 0 is off
-    eval_only: bool = False  # evaluate once and write nothing
+    eval_only: bool = False  # True evaluates once and writes nothing
     log_interval: int = 10  # steps between lines of the log
-    always_save_checkpoint: bool = True  # save after every evaluation; False saves only after a better one
+    always_save_checkpoint: bool = True  # True saves after every evaluation, False only after a better one
     save_interval: int = 0  # steps between checkpoints ckpt_iter_N.pt that are kept; 0 is off
     save_epochs: int = 0  # epochs between checkpoints ckpt_epoch_N.pt that are kept; 0 is off
     # machine
     device: str = "auto"  # auto, cuda, cuda:1, mps, cpu
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto, float32, bfloat16, float16
     compile: Literal["auto", True, False] = "auto"  # auto, True, False: torch.compile
-    recompute: bool = False  # compute each block again in the backward pass: slower by a quarter, in less memory
-    deterministic: bool = False  # the same bits from the same command on a CUDA GPU, slower; a CPU gives them anyway
+    recompute: bool = False  # True computes each block again in the backward pass: less memory, a quarter slower
+    deterministic: bool = False  # True gives the same bits in every run on a GPU, more slowly; a CPU does anyway
     backend: Literal["nccl", "gloo"] = "nccl"  # nccl, gloo: how processes on GPUs talk; those on CPUs use gloo
     # Weights & Biases, beside metrics.jsonl
-    wandb_log: bool = False  # log to W&B too
+    wandb_log: bool = False  # True logs to W&B too
     wandb_project: str = "gpt2"  # W&B's project
     wandb_entity: str = ""  # W&B's team or user; '' is your default one
     wandb_run_name: str = ""  # W&B's name of the run; '' lets W&B make one up
     wandb_tags: tuple[str, ...] = ()  # W&B's tags, written a,b
-    wandb_log_checkpoints: bool = False  # upload each ckpt.pt and best.pt as an artifact
+    wandb_log_checkpoints: bool = False  # True uploads each ckpt.pt and best.pt as an artifact
 
 
 # After so many steps in a row with a non-finite loss or gradient, a run is not going to recover.
@@ -131,7 +131,10 @@ def learning_rate_at(step, s, max_iters):
 
 
 def micro_batches(tokens, vocab_size, s, rt, first_sequence):
-    """Yield this process's micro-batches from a sequence on: (index in the step, inputs, targets), on the device."""
+    """Yield this process's micro-batches without end: (index in the step, inputs, targets (B, T) each), on the device.
+
+    `first_sequence` is the first of a step. Raises UserError for an id beyond the vocabulary.
+    """
     for i in itertools.count(rt.rank, rt.world_size):
         first = first_sequence + i * s.batch_size
         batch = data.batch(tokens, s.block_size, s.seed, first, s.batch_size, vocab_size)
@@ -141,11 +144,11 @@ def micro_batches(tokens, vocab_size, s, rt, first_sequence):
 def evaluate(model, ids, s, rt, stop=None):
     """Mean loss in nats over the targets of the `stream` windows of `ids`, shared out among the processes.
 
-    None where a StopSignal has come to one of them meanwhile.
+    ids (n,). The result is None where one of the processes has received the StopSignal `stop` meanwhile.
     """
     windows = data.stream_windows(len(ids), s.block_size)
     batches = [windows[i : i + s.batch_size] for i in range(0, len(windows), s.batch_size)]
-    if 0 < s.eval_iters < len(batches):  # Those that are taken are spread over the split.
+    if 0 < s.eval_iters < len(batches):  # The batches that are taken are spread over the split.
         batches = [batches[i * len(batches) // s.eval_iters] for i in range(s.eval_iters)]
     total = torch.zeros(3, dtype=torch.float64)  # negative log-likelihood, tokens, stop signals
     model.eval()
@@ -164,7 +167,10 @@ def evaluate(model, ids, s, rt, stop=None):
 
 
 def make_model(s, start, dataset, rt):
-    """The model that a run begins or goes on with, on the device. Its shape is recorded in the settings."""
+    """The model that a run begins or goes on with, on the device. Its shape is recorded in the settings.
+
+    Raises UserError where its weights can't be opened, or fit neither the data nor the settings nor the memory.
+    """
     if start.path:
         model = checkpoint.build(start.ckpt, start.path)
     elif s.init_from == "scratch":
@@ -177,7 +183,7 @@ def make_model(s, start, dataset, rt):
         dataset.check_tokenizer(opened)
         model, positions = opened.model, opened.model.config.block_size
         if s.block_size > positions:
-            raise UserError(f"{s.init_from} has {positions:,} positions; --block_size={positions} or less")
+            raise UserError(f"{s.init_from} has {positions:,} positions; take --block_size={positions} or less")
         if s.block_size < positions:
             model.crop_block_size(s.block_size)
             rt.say(f"cropped the model's {positions:,} positions to {s.block_size:,}")
@@ -190,7 +196,7 @@ def make_model(s, start, dataset, rt):
 
 
 def make_optimizer(s, model, rt):
-    """(optimizer, scaler of float16's gradients) of a new run."""
+    """(optimizer, scaler) before the first step. The scaler is for float16, and does nothing in another precision."""
     shared = {"lr": s.learning_rate, "betas": (s.beta1, s.beta2), "fused": rt.device.type != "mps"}
     if s.optimizer == "muon":
         optimizer = Muon(model.optim_groups(s.weight_decay, muon=True), momentum=s.momentum, **shared)
@@ -212,7 +218,7 @@ def kept_names(s, state, sequences_per_step, sequences_per_epoch):
 
 
 def log_line(row, max_iters, seconds_left):
-    """A row of metrics.jsonl as people read it."""
+    """The line of the log that shows a row of metrics.jsonl."""
     parts = [f"step {row['step']:,}/{max_iters:,}", f"epoch {row['epoch']:.2f}", f"loss {row['loss']:.4f}"]
     parts += [f"lr {row['lr']:.2e}", f"norm {row['grad_norm']:.2f}", f"{row['tokens_per_sec']:,.0f} tokens/s"]
     parts += [f"MFU {row['mfu']:.1%}"] if row["mfu"] else []
@@ -222,13 +228,14 @@ def log_line(row, max_iters, seconds_left):
 
 
 def smaller_batch(s):
-    """What to do where memory is short: the settings that train the same in less, if there are any."""
+    """What to do where memory is short. It names the settings that train the same in less memory, if there are any."""
     divisor = next((d for d in range(2, min(s.batch_size, 1000) + 1) if s.batch_size % d == 0), 0)
     if not divisor:
-        return f" with batch_size={s.batch_size}; no batch is smaller, so take a smaller block_size or model"
+        other = "a smaller block_size or model" if s.recompute else "--recompute=True, or a smaller block_size or model"
+        return f" with batch_size={s.batch_size}; no batch is smaller, so take {other}"
     accumulation = s.gradient_accumulation_steps * divisor
     same = f"--batch_size={s.batch_size // divisor} --gradient_accumulation_steps={accumulation}"
-    return f" with batch_size={s.batch_size}; {same} trains the same in less"
+    return f" with batch_size={s.batch_size}; {same} trains the same in less memory"
 
 
 def main():
@@ -240,17 +247,17 @@ def main():
         checkpoint.Writer() as writer,
     ):
         status = train(s, writer)
-        processes.leave()
+        processes.leave()  # An evaluation and a finished run have not left yet.
     sys.exit(status)
 
 
 def train(s, writer):
-    """The whole run. Returns the exit status: 0, or 128 and the number of the signal that stopped it."""
+    """The whole run. Returns the exit status: 0, or 128 plus the number of the signal that stopped it."""
     # ---- machine ----
     rt = runtime.choose(s.device, s.dtype, s.compile, training=True, deterministic=s.deterministic)
     accumulation = rt.share_of(s.gradient_accumulation_steps)  # this process's micro-batches in a step
 
-    # ---- data: before the processes meet, since the first one of a machine may prepare for an hour ----
+    # ---- data: it is opened before the processes meet, since one of them may prepare it for an hour ----
     prepare.ensure(s.dataset)
     dataset = data.Dataset(s.dataset)
     dataset.verify("train")
@@ -293,23 +300,20 @@ def train(s, writer):
     batches = micro_batches(tokens, dataset.vocab_size, s, rt, state.sequence)
     ready = next(batches)
     skipped_in_a_row = 0
-    times, speeds = [], deque(maxlen=20)  # seconds of each step since the last log line; their mean at each line
+    step_seconds, mean_seconds = [], deque(maxlen=20)  # of the steps since the last log line; of the last lines
     peak = rt.peak_flops() * rt.world_size
     while True:
         # -- the state is the one after `state.step` steps: evaluate it, save it, log it
         run.collect()
-        due = s.eval_interval and (state.step % s.eval_interval == 0 or state.step == max_iters)
-        lacks_evaluation = due and "val_loss" not in state.row
+        due = s.eval_interval > 0 and (state.step % s.eval_interval == 0 or state.step == max_iters)
+        if due and "val_loss" not in state.row and not stopping:
+            run.evaluated(evaluate(model, val_ids, s, rt, stop))
         # After a signal there may be no time for an evaluation. A resume makes it, since the row lacks it.
-        if lacks_evaluation and not stopping:
-            val_loss = evaluate(model, val_ids, s, rt, stop)
-            stopping = lacks_evaluation = val_loss is None
-            if not stopping:
-                run.evaluated(val_loss)
+        put_off = due and "val_loss" not in state.row
         run.save_what_is_due(kept_names(s, state, sequences_per_step, sequences_per_epoch))
         run.log_row()
-        ended = run.ended(max_iters) and not lacks_evaluation
-        if ended or stopping:
+        ended = run.ended(max_iters) and not put_off
+        if ended or put_off or stopping:
             break
         state.row = {}
 
@@ -321,26 +325,27 @@ def train(s, writer):
         loss_sum = torch.zeros((), device=rt.device)
         for i in range(accumulation):
             micro, x, y = ready  # x, y (B, T)
-            torch.manual_seed(data.seed_of(s.seed, state.step, micro))  # of dropout
-            # DDP sums gradients in the last backward pass alone, as within its no_sync(). Other models have no such flag.
+            torch.manual_seed(data.seed_of(s.seed, state.step, micro))  # dropout's seed
+            # DDP sums gradients in the last backward pass only, as its no_sync() has it. Other models ignore this.
             trained.require_backward_grad_sync = i == accumulation - 1
             with rt.autocast():
-                _, loss = trained(x, y)
-            scaler.scale(loss / accumulation).backward()
+                _, micro_loss = trained(x, y)
+            scaler.scale(micro_loss / accumulation).backward()
             ready = next(batches)  # The next micro-batch is made and sent while a GPU still works on this one.
-            loss_sum += loss.detach() / s.gradient_accumulation_steps
+            loss_sum += micro_loss.detach() / s.gradient_accumulation_steps
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
         # This is the only wait for the device in a step. A signal that one process received is summed with the losses,
         # so that all processes stop after the same step.
         sums = rt.sum(torch.stack([loss_sum, loss_sum.new_full((), stop.number)]))
-        loss, stopping, norm = torch.cat([sums, norm[None]]).tolist()
+        loss, signals, norm = torch.cat([sums, norm[None]]).tolist()
+        stopping = signals > 0
         if math.isfinite(loss) and math.isfinite(norm):
             scaler.step(optimizer)
             skipped_in_a_row = 0
         else:
             state.skipped += 1
-            # float16 skips some steps while it looks for a loss scale. At a scale of 1, or without one, it diverges.
+            # float16 skips some steps while it looks for a loss scale. At a scale of 1, or with none, the run diverges.
             skipped_in_a_row += not scaler.is_enabled() or scaler.get_scale() <= 1
             which = f"step {state.step + 1:,} skipped, no. {state.skipped:,} of the run"
             rt.say(f"{which}: loss {loss}, gradient norm {norm}")
@@ -349,13 +354,13 @@ def train(s, writer):
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         state.step, state.sequence = state.step + 1, state.sequence + sequences_per_step
-        times.append(time.perf_counter() - began)
+        step_seconds.append(time.perf_counter() - began)
 
         # -- report
         if state.step % s.log_interval == 0 or state.step == max_iters:
-            speeds.append(statistics.mean(times))
-            times.clear()
-            speed = tokens_per_step / speeds[-1]
+            mean_seconds.append(statistics.mean(step_seconds))
+            step_seconds.clear()
+            speed = tokens_per_step / mean_seconds[-1]
             state.row = {
                 "step": state.step,
                 "tokens": state.step * tokens_per_step,
@@ -368,15 +373,15 @@ def train(s, writer):
             }
             if scaler.is_enabled():
                 state.row |= {"loss_scale": scaler.get_scale(), "skipped_steps": state.skipped}
-            rt.say(log_line(state.row, max_iters, (max_iters - state.step) * statistics.median(speeds)))
+            rt.say(log_line(state.row, max_iters, (max_iters - state.step) * statistics.median(mean_seconds)))
 
     # ---- the end ----
     run.finish(interrupted=not ended)
     del trained
-    processes.leave()  # The other processes need not wait for an upload.
+    processes.leave()  # The other processes do not wait for an upload.
     run.close()
     if not ended:
-        rt.say(f"stopped by a signal after step {state.step:,}; the same command goes on from {run.ckpt_path}")
+        rt.say(f"stopped by a signal after step {state.step:,}; {run.same_command} goes on from {run.ckpt_path}")
         return stop.status()
     if state.step < max_iters:
         rt.say(f"no better validation loss than {state.best_val_loss:.4f} in {state.worse} evaluations")

@@ -1,4 +1,4 @@
-"""What the scripts share. Imports run one way, and no file of lib imports a script:
+"""What the scripts share. Imports run one way, and no file of lib imports a script. `a <- b` says that b imports a:
 
 settings <- files, tokenizer, processes; tokenizer <- data; files, data <- prepare; processes <- runtime;
 model.py <- assemble; tokenizer, assemble <- huggingface; files, huggingface <- checkpoint <- resume <- run.
@@ -16,5 +16,5 @@ def report(kind, error, traceback):
 
 
 # Importing torch takes seconds, in which somebody may press Ctrl-C. settings.run() is not there yet to answer with a
-# line instead of a traceback, so this is done here, and a script imports lib before torch.
+# line instead of a traceback. So this line stands here, and a script imports lib before torch.
 sys.excepthook = report

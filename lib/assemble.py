@@ -22,10 +22,10 @@ def assemble(config, state):
         raise ValueError(str(error)) from None
     shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
     for name in [*shapes, *sorted(state.keys() - shapes.keys())]:
-        found = tuple(state[name].shape) if isinstance(state.get(name), torch.Tensor) else "no tensor"
-        wanted = shapes.get(name, "no weight of GPT-2")
-        if found != wanted:
-            raise ValueError(f"{name} is {found}, wanted is {wanted}")
+        shape = tuple(state[name].shape) if isinstance(state.get(name), torch.Tensor) else "no tensor"
+        expected = shapes.get(name, "no weight of GPT-2")
+        if shape != expected:
+            raise ValueError(f"{name} is {shape}, wanted is {expected}")
         if not state[name].is_floating_point() or state[name].layout != torch.strided:
             raise ValueError(f"{name} is of {state[name].dtype}, {state[name].layout}")
     if not torch.equal(tied, state["transformer.wte.weight"]):

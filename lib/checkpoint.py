@@ -64,7 +64,7 @@ class Write:
     """A write that has ended."""
 
     path: Path
-    links: list  # the further names
+    links: list  # further names of the file
     about: object  # what the caller gave with it
     error: OSError | None  # why the older file still stands; None where the new one does
 
@@ -88,7 +88,7 @@ class Writer:
         """Begin a write. A checkpoint in the host's memory is written when this returns."""
         background = self.in_background(checkpoint)
         running = [future for *_, future in self.pending if not future.done()]
-        if len(running) > 1:  # Memory is short: two copies may wait, of the run and of its best weights.
+        if len(running) > 1:  # Memory is short, so two copies may wait: the run and its best weights.
             running[-2].exception()
         state = to_host(checkpoint, {}) if background else checkpoint
         future = self.pool.submit(save, path, state, links)
@@ -97,10 +97,11 @@ class Writer:
             future.exception()
 
     def in_background(self, checkpoint):
+        """Whether a checkpoint is written while the training goes on: where it lies on a GPU."""
         return any(tensor.is_cuda for tensor in checkpoint["model"].values())
 
     def ended(self, wait=False):
-        """The Writes that have ended since the last call, in their order; all of them, if need be after waiting."""
+        """The Writes that have ended since the last call, in their order. `wait` first waits for the others."""
         ended = []
         while self.pending and (wait or self.pending[0][-1].done()):
             path, links, about, future = self.pending.popleft()
@@ -111,7 +112,7 @@ class Writer:
 
 
 def to_host(value, copies):
-    """A copy of what a checkpoint holds in the host's memory. A tensor that stands in it twice is copied once."""
+    """A copy, in the host's memory, of what a checkpoint holds. A tensor that stands in it twice is copied once."""
     if isinstance(value, torch.Tensor):
         key = value.data_ptr(), value.shape
         if key not in copies:
@@ -138,7 +139,7 @@ def is_text(value):
 
 
 def is_loss(value):
-    """A loss, or infinity where there was no evaluation yet. nanoGPT's is a tensor."""
+    """Whether a value is a loss, or infinity where there was no evaluation yet. nanoGPT's is a tensor."""
     value = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
     return type(value) in (int, float) and not math.isnan(value)
 
@@ -155,7 +156,7 @@ def is_setting(value):
 
 
 def is_figure(value):
-    """A figure of metrics.jsonl, which may be unknown or not finite."""
+    """Whether a value is a figure of metrics.jsonl, which may be unknown or not finite."""
     return value is None or type(value) in (int, float)
 
 
@@ -199,13 +200,13 @@ def load(path, remedy="--init_from=PATH takes another"):
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"there is no checkpoint {path}")
+        raise UserError(f"there is no checkpoint {path}; check the path")
     try:
         # torch.load does not look at the archive's checksums.
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
     except OSError as error:
-        raise UserError(f"{path} can't be read ({error.strerror or error}); it may be whole") from None
+        raise UserError(f"{path} can't be read ({error.strerror or error}); it may be whole, so try again") from None
     except Exception as error:  # zipfile may meet anything in damaged bytes.
         damaged = str(error) or type(error).__name__
     if damaged:
@@ -216,12 +217,12 @@ def load(path, remedy="--init_from=PATH takes another"):
     except Exception as error:  # An unpickler may meet anything in a file that is not a checkpoint.
         named = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it names {named[1]}" if named else " ".join(str(error).split())[:150]
-        raise UserError(f"{path} is not a checkpoint of plain data ({reason}); it was not opened") from None
+        raise UserError(f"{path} is not a checkpoint of plain data ({reason}); take another") from None
     if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
-        raise UserError(f"{path} holds no model and model_args: it is not a checkpoint of ours or nanoGPT's")
+        raise UserError(f"{path} holds no model and model_args: it is none of ours or nanoGPT's; take another")
     wrong = [key for key, fits in SCHEMA.items() if key in checkpoint and not fits(checkpoint[key])]
     if wrong:
-        raise UserError(f"{path} is none of ours or nanoGPT's: its {wrong[0]} is of another kind")
+        raise UserError(f"{path} is none of ours or nanoGPT's: its {wrong[0]} is of another kind; take another")
     if checkpoint.get("format", FORMAT) > FORMAT:
         raise UserError(f"{path} was written by a newer version of this program; update this one")
     return checkpoint
@@ -260,7 +261,7 @@ def build(checkpoint, path):
         model = assemble(config, {k: v for k, v in state.items() if not k.endswith(".attn.bias")})
     except (TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:150]
-        raise UserError(f"{path}: its weights do not fit its model_args ({reason})") from None
+        raise UserError(f"{path}: its weights do not fit its model_args ({reason}); take another") from None
     spec = checkpoint.get("tokenizer", "")
     if (ids := tokenizer.vocab_size_of(spec)) > config.vocab_size:
         raise UserError(f"{path} has {config.vocab_size:,} ids, its tokenizer {spec[:40]!r} {ids:,}; take another")
@@ -271,7 +272,7 @@ def build(checkpoint, path):
 
 
 def of_run(out_dir):
-    """The checkpoints of a run to sample from or to evaluate, the preferred one first: the best, else the last."""
+    """The checkpoints of a run that can be sampled from or evaluated. The best one comes before the last one."""
     paths = [Path(out_dir, name) for name in ("best.pt", "ckpt.pt", "final.pt")]
     return [p for p in paths if p.is_file()]
 
@@ -291,19 +292,22 @@ class Opened:
     model: GPT
     name: str  # where it came from, for people
     path: Path | None  # its checkpoint file
-    tokenizer: str  # its tokenizer's spec; '' in nanoGPT's, whose dataset tells
+    tokenizer: str  # its tokenizer's spec; '' for nanoGPT's, which only its dataset tells
     dataset: str  # the dataset it was trained on; '' where it is not known
-    iter_num: int  # steps it was trained
+    iter_num: int  # number of steps that it was trained
 
 
 def open_run(out_dir="", init_from=""):
-    """The model of a script that uses one: init_from if it names one, else the run in out_dir, else the newest run."""
+    """An Opened model: the one that init_from names, else that of the run in out_dir, else that of the newest run.
+
+    Raises UserError where there is no such model or it cannot be read.
+    """
     if init_from and init_from != "resume":
         return open_model(init_from)
     folder = Path(out_dir) if out_dir else newest_run()
-    if not (found := of_run(folder)):
+    if not (paths := of_run(folder)):
         raise UserError(f"there is no checkpoint in {folder}; train first, or name a model by --init_from=")
-    return open_model(found[0])
+    return open_model(paths[0])
 
 
 def open_model(source):
@@ -313,21 +317,23 @@ def open_model(source):
     """
     path = Path(source)
     if path.is_dir() and not (path / "config.json").exists():
-        if not (found := of_run(path)):
-            raise UserError(f"{path} holds neither a checkpoint nor a Hugging Face config.json")
-        path = found[0]
+        if not (paths := of_run(path)):
+            raise UserError(f"{path} holds neither a checkpoint nor a Hugging Face config.json; name another")
+        path = paths[0]
     if path.is_file():
         checkpoint = load(path)
         model, dataset = build(checkpoint, path), checkpoint.get("config", {}).get("dataset", "")
         if not is_text(dataset):
-            raise UserError(f"{path} is none of ours or nanoGPT's: its dataset is of another kind")
+            raise UserError(f"{path} is none of ours or nanoGPT's: its dataset is of another kind; take another")
         return Opened(model, str(path), path, checkpoint.get("tokenizer", ""), dataset, checkpoint.get("iter_num", 0))
     known = huggingface.GPT2_NAMES
     may_be_on_hub = str(source) in known or str(source).count("/") == 1 and not path.parent.is_dir()
     if not path.is_dir() and (path.suffix == ".pt" or not may_be_on_hub):
-        raise UserError(f"{str(source)!r} is no checkpoint, folder, {', '.join(known)} or OWNER/NAME on the hub")
+        raise UserError(
+            f"{str(source)!r} is no checkpoint or folder; check the path, or take {', '.join(known)} or OWNER/NAME"
+        )
     model, spec = huggingface.load(source)
     V = model.config.vocab_size
     if not spec and (spec := {50257: "gpt2", 257: "bytes"}.get(V, "")) and os.environ.get("RANK", "0") == "0":
         settings.say(f"{source}: by its {V:,} ids it is taken to have the tokenizer {spec!r}", file=sys.stderr)
-    return Opened(model, str(source), None, spec or f"of {source}, which has {V:,} ids,", "", 0)
+    return Opened(model, str(source), None, spec or f"{tokenizer.UNKNOWN}{source} has {V:,} ids", "", 0)

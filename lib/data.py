@@ -43,7 +43,7 @@ class Dataset:
             known = ", ".join(names(root)) or "none yet"
             raise UserError(
                 f"there is no dataset {str(self.folder)!r} (there: {known}); `python prepare_text.py FILES "
-                f"--dataset={name}` makes one of your own text, prepare_stdlib.py the demo's"
+                f"--dataset={name}` makes one of your own text, `python prepare_stdlib.py` the demo's"
             )
         if self.has_meta:
             meta = read_meta(self.folder / "meta.json")
@@ -65,10 +65,13 @@ class Dataset:
             )
 
     def tokens(self, split):
-        """The ids of a split as they lie in the file, end-of-texts included: a read-only memory map."""
+        """The ids of a split as they lie in the file, end-of-texts included: a read-only memory map (n,).
+
+        Raises UserError where there is no such file, or where its size is not that of meta.json.
+        """
         if split not in self.splits or split not in self.paths:
             have = ", ".join(s for s in self.paths if s in self.splits)
-            raise UserError(f"{self.folder} has no {split} split (there: {have or 'none'}); prepare the data again")
+            raise UserError(f"{self.folder} has no {split} split (there: {have or 'none'}); prepare data that has one")
         path, counts = self.paths[split], self.splits[split]
         size, width = path.stat().st_size, self.dtype.itemsize
         if size == 0 or size % width:
@@ -80,9 +83,13 @@ class Dataset:
         return np.memmap(path, self.dtype, mode="r")
 
     def verify(self, split):
-        """Read a split once: its ids lie in the vocabulary, and its checksum is meta.json's. Returns the sha256."""
+        """Read a split once, and return its sha256.
+
+        Raises UserError unless its ids lie in the vocabulary and its checksum is meta.json's.
+        """
         tokens, digest, path = self.tokens(split), hashlib.sha256(), self.paths[split]
-        is_wide = not self.has_meta and len(tokens) > 2  # unless an id in an odd place shows that it is not
+        # Ids of four bytes or more, read as uint16, have a zero in every odd place. One such id alone proves nothing.
+        is_wide = not self.has_meta and len(tokens) > 2
         for i in range(0, len(tokens), 1 << 24):
             part = tokens[i : i + (1 << 24)]
             digest.update(part.data)
@@ -102,7 +109,7 @@ class Dataset:
         return self.checksums[split]
 
     def text_ids(self, split):
-        """The ids of a split without end-of-texts, verified and in memory: what an evaluation scores."""
+        """The ids (n,) of a split without end-of-texts, verified and in memory: what an evaluation scores."""
         self.verify(split)
         tokens = self.tokens(split)
         return np.asarray(tokens[tokens != self.eot] if self.eot >= 0 else tokens)
@@ -117,18 +124,18 @@ class Dataset:
         return ids
 
     def document_ids(self, split):
-        """The ids of a split with one end-of-text before each document, verified and in memory.
+        """The ids (n,) of a split with one end-of-text before each document, verified and in memory.
 
-        nanoGPT writes it after each document: there the last one is moved to the front. Raises UserError where there
-        is no end-of-text.
+        nanoGPT writes it after each document, and its last one is moved to the front here. Raises UserError where the
+        tokenizer has no end-of-text, or where there are not as many as meta.json says.
         """
         if self.eot < 0:
             raise UserError(f"{self.folder} has no end-of-text that would part documents; --protocol=stream needs none")
         self.verify(split)
         tokens, documents = np.asarray(self.tokens(split)), self.splits[split]["documents"]
-        if documents not in (None, found := np.count_nonzero(tokens == self.eot)):
+        if documents not in (None, count := np.count_nonzero(tokens == self.eot)):
             raise UserError(
-                f"{self.paths[split]} has {found:,} end-of-texts, meta.json says {documents:,}; prepare it again"
+                f"{self.paths[split]} has {count:,} end-of-texts, meta.json says {documents:,}; prepare it again"
             )
         if tokens[0] == self.eot:
             return tokens
@@ -199,7 +206,7 @@ def permute(index, n, key):
 
 
 def blocks_per_epoch(n_tokens, block_size):
-    """Sequences in an epoch: the same in each, whatever its offset. Raises UserError where there is not one."""
+    """The number of sequences in an epoch, which is the same in each. Raises UserError where the text has none."""
     if n_tokens <= block_size:
         remedy = f"take block_size={n_tokens - 1} or less, or more text" if n_tokens > 1 else "prepare more text"
         raise UserError(
@@ -226,14 +233,14 @@ def sequence_starts(n_tokens, block_size, seed, index):
 def batch(tokens, block_size, seed, first, count, vocab_size=1 << 32):
     """Sequences first..first+count-1 of the run: inputs and targets, int64 (count, block_size) each.
 
-    Raises UserError for an id beyond the vocabulary, which a file has that was overwritten after it was verified.
+    Raises UserError for an id beyond the vocabulary. A file has one if it was overwritten after it was verified.
     """
     starts = sequence_starts(len(tokens), block_size, seed, np.arange(first, first + count))
     rows = np.stack([tokens[i : i + block_size + 1] for i in starts]).astype(np.int64)
     if (top := int(rows.max())) >= vocab_size:
         raise UserError(
             f"the train split holds the id {top:,} now, beyond the vocabulary of {vocab_size:,}; it was overwritten "
-            "while the run read it, so put back the file and go on"
+            "while the run read it, so put the file back and go on"
         )
     return rows[:, :-1], rows[:, 1:]
 
@@ -244,8 +251,9 @@ def batch(tokens, block_size, seed, first, count, vocab_size=1 << 32):
 def stream_windows(n, block_size, stride=0):
     """The windows of the `stream` protocol over n ids, [(begin, end, first scored)]; each id but the first counts once.
 
-    A window reads ids[begin:end]; the targets from `first scored` on count. stride 0 or block_size: disjoint, with
-    block_size inputs and as many targets. Else block_size ids, each `stride` further, as transformers' guide has them.
+    A window reads ids[begin:end], and its targets from `first scored` on count. With stride 0 or block_size the windows
+    are disjoint, with block_size inputs and as many targets. With another stride they have block_size ids, and each
+    begins `stride` after the one before, as in transformers' guide.
     """
     windows, scored, begin = [], 1, 0
     width, step = (block_size, stride) if 0 < stride < block_size else (block_size + 1, block_size)

@@ -12,7 +12,7 @@ from lib.settings import UserError
 
 from filelock import FileLock, Timeout
 
-# What a file system without locks answers, such as some that are mounted from another machine.
+# The errors of a file system without locks. Some that are mounted from another machine are such.
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
@@ -33,20 +33,21 @@ def sync_folder(folder):
 
 
 def lock(path, timeout=-1):
-    """Acquire a lock file, which the system releases however the process ends. Returns it, to be released.
+    """Acquire a lock file, which the system releases however the process ends. Returns the lock, to be released.
 
-    Where the file system has no locks a line says so, and the program goes on. Raises filelock's Timeout, OSError.
+    timeout: seconds to wait for another process; -1 is without end. Where the file system has no locks a line says so,
+    and the program goes on. Raises filelock's Timeout, OSError.
     """
-    held = FileLock(path)
+    lock_file = FileLock(path)
     try:
-        held.acquire(timeout=timeout)
+        lock_file.acquire(timeout=timeout)
     except Timeout:
         raise
     except (OSError, NotImplementedError) as error:
         if isinstance(error, OSError) and error.errno not in NO_LOCKS:
             raise
         settings.say(f"{path} can't be locked on this file system; see to it that no other process writes there")
-    return held
+    return lock_file
 
 
 def write_text(path, text):
@@ -64,7 +65,7 @@ def write_text(path, text):
 
 
 def append_line(path, line):
-    """Add a line to a file, or nothing where not all of the line can be written. Raises OSError."""
+    """Add a line to a file, or nothing where the disk does not take all of it. Raises OSError."""
     with open(path, "ab", buffering=0) as f:
         end, content = f.seek(0, os.SEEK_END), (line + "\n").encode()
         try:
@@ -76,7 +77,10 @@ def append_line(path, line):
 
 
 def check_json(path, setting="json"):
-    """Raise UserError where a report can't be written, before hours are spent on it. `setting` names its path."""
+    """Raise UserError where a report can't be written, before hours are spent on it.
+
+    `setting` is the name of the setting that `path` comes from. A file that holds no JSON object stays as it is.
+    """
     if path == "-":
         return
     path, another = Path(os.path.realpath(path)), f"--{setting}=PATH names another"
@@ -89,7 +93,7 @@ def check_json(path, setting="json"):
             return
         tempfile.TemporaryFile(dir=path.parent).close()
         if path.is_file() and path.stat().st_size and path.read_bytes()[:1] != b"{":
-            raise UserError(f"{path} holds something else than a report, and stays; {another}")
+            raise UserError(f"{path} holds something else than a report, so it is not overwritten; {another}")
     except OSError as error:
         raise UserError(f"{path} can't be written ({error.strerror}); {another}") from None
 

@@ -41,7 +41,7 @@ def load(source):
     except (SafetensorError, OSError) as error:
         raise UserError(f"{folder / 'model.safetensors'} cannot be read ({error}); fetch it again") from None
     state = {k if k.startswith(("transformer.", "lm_head.")) else f"transformer.{k}": v for k, v in state.items()}
-    # The causal masks of older versions of transformers are buffers and no weights.
+    # Older versions of transformers store their causal masks, which are no weights.
     state = {k: v for k, v in state.items() if not k.endswith((".attn.bias", ".attn.masked_bias"))}
     state = {k: v.t() if k.endswith(CONV1D) and v.dim() == 2 else v for k, v in state.items()}
     try:
@@ -52,7 +52,7 @@ def load(source):
 
 
 def download(source):
-    """The folder in the hub's cache that a name was downloaded to. Raises UserError."""
+    """Download a model by its name. Returns its folder in the hub's cache. Raises UserError."""
     from huggingface_hub import snapshot_download
 
     repo = f"openai-community/{source}" if str(source) in GPT2_NAMES else str(source)
@@ -105,7 +105,7 @@ def find_tokenizer(source, folder, hf):
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{folder / file} is not a vocabulary ({error}); mend it, or remove it") from None
         gpt2 = json.loads(tokenizer.gpt2_files()[0].read_text(encoding="utf-8"))
-        return "gpt2" if vocab == gpt2 else f"of {source}, whose {file} is not GPT-2's,"
+        return "gpt2" if vocab == gpt2 else f"{tokenizer.UNKNOWN}the {file} of {source} is not GPT-2's"
     return ""
 
 

@@ -72,7 +72,7 @@ def cut_before_space(text):
         cut = text.rfind("\n", 0, cut)
     if cut > 0:
         return cut
-    first = max(0, len(text) - PIECE - 1)  # The rest was searched when the text ended there.
+    first = max(0, len(text) - PIECE - 1)  # An earlier call has searched what lies before.
     return next((i for i in range(len(text) - 1, first, -1) if text[i].isspace() and not text[i - 1].isspace()), 0)
 
 
@@ -93,14 +93,14 @@ def count_words(text):
 
 
 def encode_pieces(tok, dtype, pieces):
-    """Encode the pieces that a thread gets at a time. Returns {split: (ids, [counts of each piece])}.
+    """Encode the pieces that a thread gets at a time. Returns {split: (ids (n,), [counts of each piece])}.
 
     A piece is (split, text, begins, ends, known): whether it begins and ends a document, and the counts that are not
     taken from its text.
     """
-    found = {}
+    splits = {}
     for split, text, begins, ends, known in pieces:
-        ids, counted = found.setdefault(split, ([], []))
+        ids, counted = splits.setdefault(split, ([], []))
         encoded = tok.encode(text).astype(dtype)
         ids += [np.array([tok.eot], dtype), encoded] if begins else [encoded]
         counts = {
@@ -111,7 +111,7 @@ def encode_pieces(tok, dtype, pieces):
             "bytes": len(text) if text.isascii() else len(text.encode()),
         }
         counted.append(counts | known)
-    return {split: (np.concatenate(ids), counted) for split, (ids, counted) in found.items()}
+    return {split: (np.concatenate(ids), counted) for split, (ids, counted) in splits.items()}
 
 
 def add_counts(total, counts):
@@ -197,9 +197,10 @@ def encode_into(folder, name, tok, dtype, pieces, total_bytes, threads):
 def write(name, tok, pieces, total_bytes, accept=None, root="data", threads=0):
     """Encode `pieces`, an iterable of (split, text, is_last), into data/NAME. Returns the content of its meta.json.
 
+    total_bytes: about the bytes of all pieces, for the progress bar. threads: 0 is one for each core.
     A piece may have a fourth member such as {"lines": 3}. It replaces the counts of the text; None is an unknown
     count. The folder appears, or its files are replaced, only after all files are on the disk and accept(meta) has
-    returned. `accept` rejects the data by an exception.
+    returned. `accept` rejects the data by an exception. Raises UserError where there is no text, or no room for it.
     """
     folder = Path(os.path.realpath(Path(root, name)))  # data/NAME may be a link to a larger disk.
     # A rename works within one disk only. A folder that exists may be the root of a disk; its parent is on another.
@@ -256,11 +257,11 @@ def summary(name, meta):
 def lock(name, root="data"):
     """A lock between the processes of a machine: one of them prepares data/NAME, and the others wait."""
     Path(root).mkdir(parents=True, exist_ok=True)
-    held = files.lock(Path(root, f".{name}.lock"))
+    lock_file = files.lock(Path(root, f".{name}.lock"))
     try:
         yield
     finally:
-        held.release()
+        lock_file.release()
 
 
 def ensure(name, root="data"):
@@ -277,4 +278,4 @@ def ensure(name, root="data"):
         if name not in data.names(root):
             settings.say(f"data/{name} is missing: running {script.name}")
             if subprocess.run([sys.executable, str(script)]).returncode:
-                raise UserError(f"{script.name} did not finish, so there is no data/{name} to train on")
+                raise UserError(f"{script.name} did not finish, so there is no data/{name}; it says why above")

@@ -46,13 +46,16 @@ def lost_process_advice():
         if not (apart and torch.distributed.is_initialized()):
             raise
         reason = " ".join(str(error).split())
-        line = f"the processes have lost each other: one has ended, and says why, or {reason}"
+        line = f"the processes have lost each other ({reason}); the one that ended first says why"
         settings.say(line, file=sys.stderr)
         os._exit(1)  # An orderly end would wait for the others.
 
 
 def meet_all(rt, backend):
-    """Join the process group that torchrun describes in the environment. A process that dies ends the others."""
+    """Join the process group that torchrun describes in the environment. A process that dies ends the others.
+
+    Raises UserError where the processes can't meet.
+    """
     if rt.world_size == 1:
         return
     try:
@@ -87,7 +90,7 @@ def meet(store, rank, world_size):
 
 
 def wrap(model, rt, batch_size, block_size):
-    """The model, or around it what averages the gradients of all processes."""
+    """The model itself for one process; for several, the model in a DDP, which averages their gradients."""
     if rt.world_size == 1:
         return model
     ids = [rt.device.index] if rt.device.type == "cuda" else None
@@ -132,7 +135,7 @@ class StopSignal:
         if not self.number:
             self.number, self.at = number, time.monotonic()
             if self.speaks:
-                with suppress(OSError):  # The terminal may be what has gone. A write by number can't meet a lock.
+                with suppress(OSError):  # The terminal may be gone. os.write needs no lock that the program may hold.
                     os.write(2, b"stopping after this step, with a checkpoint; once more stops at once\n")
         elif time.monotonic() - self.at > 1:
             signal.signal(number, signal.SIG_DFL)

@@ -12,7 +12,8 @@ from lib.settings import UserError
 
 import torch
 
-# Whatever else differs at a resume is printed, and takes effect.
+# A resume is refused where a setting of MUST_AGREE differs. Any other difference takes effect, and is printed unless it
+# changes nothing of the training.
 SHAPE = ("n_layer", "n_head", "n_embd", "n_inner", "bias")
 MUST_AGREE = ("block_size", *SHAPE, "seed", "optimizer")
 NEEDED = (*MUST_AGREE, "batch_size", "gradient_accumulation_steps", "init_from")
@@ -45,8 +46,8 @@ class Start:
     path: Path | None = None  # the checkpoint that it goes on from; None is a new run
     ckpt: dict = field(default_factory=dict)  # what that checkpoint holds
     state: State = field(default_factory=State)
-    in_place: bool = False  # path is out_dir's own ckpt.pt; else the command begins in a new out_dir
-    stamp: tuple | None = None  # of out_dir's ckpt.pt, to notice another process that saves meanwhile
+    in_place: bool = False  # whether path is out_dir's own ckpt.pt; else the command begins in a new out_dir
+    stamp: tuple | None = None  # identity of out_dir's ckpt.pt, which shows whether another process has saved since
 
 
 def find(s, dataset, rt):
@@ -65,11 +66,11 @@ def find(s, dataset, rt):
         s.resume_from = then.get("resume_from", "")
     validation = dataset.checksums.get("val", "")
     has_other_validation = validation and start.ckpt.get("val_sha256", "") not in ("", validation)
-    if has_other_validation:  # Losses of the two can't be compared.
+    if has_other_validation:  # Losses of two splits can't be compared.
         start.state.row.pop("val_loss", None)
         changes.append("the validation split is another one, and the best loss counts anew")
     if has_other_validation or not start.in_place:
-        # best.pt of the run before stays where it is. Here the best is this checkpoint, if it was evaluated.
+        # An older best.pt does not count. The best so far is this checkpoint, if it was evaluated.
         val_loss = start.state.row.get("val_loss")
         start.state.best_val_loss = val_loss if checkpoint.is_number(val_loss) else math.inf
         start.state.worse = 0
@@ -78,12 +79,17 @@ def find(s, dataset, rt):
 
 
 def is_finished(s, start, max_iters, rt):
-    """Whether a command has nothing to train. Raises UserError where the processes do not see the same run."""
+    """Whether a command has nothing left to train.
+
+    Raises UserError where the checkpoint is beyond the command's end, or where the processes do not see the same run.
+    """
     step = start.state.step
     if s.eval_only:
         return False
     if start.path and not start.in_place and step > max_iters:
-        raise UserError(f"{start.path} is of step {step:,}, this command ends at {max_iters:,}; raise its length")
+        raise UserError(
+            f"{start.path} is of step {step:,}, this command ends at {max_iters:,}; raise max_iters or max_epochs"
+        )
     ended = start.in_place and has_ended(start.state, max_iters, s.patience)
     finished = step > max_iters or ended and holds_step(Path(s.out_dir, "final.pt"), step)
     if not rt.same((step, finished)):
@@ -124,7 +130,7 @@ def checkpoint_to_resume(s, restarted):
         return Path(s.resume_from) if s.resume_from else None
     if s.init_from == "resume" and not last.exists():
         raise UserError(f"init_from=resume: there is no {last} to resume; check out_dir, or start from scratch")
-    if s.overwrite and not (restarted and last.exists() and load(last)["config"].get("overwrite")):
+    if s.overwrite and not (restarted and last.exists() and load(last).get("config", {}).get("overwrite")):
         check_overwrite(s)
         return Path(s.resume_from) if s.resume_from else None
     if last.exists():
@@ -169,10 +175,10 @@ def is_same(a, b):
 
 
 def stamp(path):
-    """What changes when a file is replaced; None for no file."""
+    """A value that changes when a file is replaced; None for no file."""
     with contextlib.suppress(OSError):
-        found = path.stat()
-        return found.st_ino, found.st_mtime_ns
+        status = path.stat()
+        return status.st_ino, status.st_mtime_ns
 
 
 # ---- what must agree ----
@@ -185,7 +191,7 @@ def check_agreement(ckpt, path, s, dataset):
     now = settings_to_go_on(s, then)
     for key, value in now.items():
         if (key in NEEDED and key not in then) or (key in then and not is_kind_of(then[key], value)):
-            raise UserError(f"{path} can't be resumed: its setting {key} is missing or of another kind")
+            raise UserError(f"{path} can't be resumed: its setting {key} is missing or of another kind; take another")
     tokens = [c["batch_size"] * c["gradient_accumulation_steps"] * c["block_size"] for c in (then, now)]
     pairs = {key: (then[key], now[key]) for key in MUST_AGREE} | {"tokens a step": tuple(tokens)}
     wrong = [f"{key} was {old} and is {new}" for key, (old, new) in pairs.items() if old != new]
@@ -195,15 +201,15 @@ def check_agreement(ckpt, path, s, dataset):
         wrong.append(f"the tokenizer was {ckpt['tokenizer'][:40]!r} and is {dataset.tokenizer_spec[:40]!r}")
     if wrong:
         raise UserError(
-            f"{path} can't be resumed: {'; '.join(wrong)}; take it back, or start a run by another --out_dir or "
-            "--overwrite=True"
+            f"{path} can't be resumed: {'; '.join(wrong)}; undo that, or start a new run without "
+            "--resume_from, in another --out_dir or by --overwrite=True"
         )
     changed = [key for key, value in now.items() if key not in MAY_DIFFER_UNSAID and then.get(key, value) != value]
     return [f"{key} {then[key]} -> {now[key]}" for key in changed]
 
 
 def settings_to_go_on(s, then):
-    """A command's settings beside those of a checkpoint. A run from other weights has the shape of those weights."""
+    """The settings of a command to compare with a checkpoint's. A run that began from other weights has their shape."""
     return asdict(s) | ({} if then.get("init_from") == "scratch" else {k: then[k] for k in SHAPE if k in then})
 
 
@@ -219,15 +225,15 @@ def restore(start, optimizer, scaler):
     Rates, decays and all else that the settings decide stay as the optimizer was made. Raises UserError for a
     checkpoint whose moments do not fit the parameters, since a fused optimizer would write beyond them.
     """
-    saved, held = start.ckpt["optimizer"], start.ckpt["scaler"]
+    saved, loss_scale = start.ckpt["optimizer"], start.ckpt["scaler"]
     groups = optimizer.state_dict()["param_groups"]
     if reason := misfit(saved, optimizer.param_groups, groups):
         raise UserError(f"{start.path} can't be resumed: its optimizer {reason}; take another checkpoint")
     optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
-    if scaler.is_enabled() and held:
-        if held.keys() != scaler.state_dict().keys() or not held["scale"] > 0:
+    if scaler.is_enabled() and loss_scale:
+        if loss_scale.keys() != scaler.state_dict().keys() or not loss_scale["scale"] > 0:
             raise UserError(f"{start.path} can't be resumed: its scaler is none of torch's; take another checkpoint")
-        scaler.load_state_dict(held)
+        scaler.load_state_dict(loss_scale)
 
 
 def misfit(saved, groups, numbered):

@@ -27,8 +27,8 @@ class Run:
     """out_dir while a command trains in it.
 
     saved, best_loss, has_final and failed_at say what is on the disk. The loop changes `state` and tells the Run what
-    happened. A write that fails is reported, and the older file stands: ckpt.pt is tried again after a minute, and
-    best.pt leaves its place to the next better weights.
+    happened. A write that fails is reported, and the older file stands. ckpt.pt is tried again after a minute, best.pt
+    with the next weights that are better than those on the disk.
     """
 
     def __init__(self, s, rt, writer, start, model, optimizer, scaler, dataset):
@@ -38,9 +38,10 @@ class Run:
         self.began_at = start.state.step if start.path else None  # the step of the checkpoint that was resumed
         self.saved = copy.deepcopy(start.state) if start.in_place else None  # the State in ckpt.pt; None for no file
         self.best_loss = start.state.best_val_loss  # the validation loss of best.pt
-        self.has_final = False  # final.pt is on the disk, with the weights of the last step
-        self.failed_at = None  # when ckpt.pt last could not be written; None when it was
+        self.has_final = False  # whether final.pt is on the disk, with the weights of the last step
+        self.failed_at = None  # time.monotonic() at which ckpt.pt could not be written; None where it could
         self.save_is_due = not start.in_place  # The first save shows at once whether the disk takes a checkpoint.
+        self.same_command = "the same command" + (" without --overwrite" if s.overwrite else "")
         self.writes = rt.rank == 0
         if self.writes:
             self.take_folder(start)
@@ -56,7 +57,9 @@ class Run:
             self.lock = files.lock(self.out / ".lock", timeout=0)
             self.folder_id = folder_id(self.out)
             if stamp(self.ckpt_path) != start.stamp:
-                raise UserError(f"another process has just saved {self.ckpt_path}; the same command goes on from there")
+                raise UserError(
+                    f"another process has just saved {self.ckpt_path}; {self.same_command} goes on from there"
+                )
             partials = [path for name in FILES for path in self.out.glob(f"{name}.partial")]
             for path in partials + (files_of_run(self.out) if not start.in_place and self.s.overwrite else []):
                 path.unlink()
@@ -76,7 +79,12 @@ class Run:
     # ---- what the loop tells ----
 
     def evaluated(self, val_loss):
-        """Take note of the validation loss of the state. Every process calls this."""
+        """Take note of the validation loss of the state. None is an evaluation that a signal has cut off.
+
+        Every process calls this. Raises UserError if the run has diverged.
+        """
+        if val_loss is None:
+            return
         state = self.state
         self.rt.say(f"step {state.step:,} | val loss {val_loss:.4f}, perplexity {math.exp(min(val_loss, 99)):.2f}")
         state.row |= {"step": state.step, "tokens": state.sequence * self.s.block_size, "val_loss": val_loss}
@@ -91,14 +99,14 @@ class Run:
     def save_what_is_due(self, kept_names):
         """Write ckpt.pt and best.pt where it is time for them. ckpt.pt keeps this state under `kept_names`."""
         state = self.state
-        # The run that came to this step first has kept it already, with its own settings.
+        # The run that wrote the resumed checkpoint has kept this step already, by its own settings.
         kept_names = kept_names if state.step != self.began_at else []
         retry = self.failed_at is not None and time.monotonic() - self.failed_at > RETRY_SECONDS
         if self.saved != state and (kept_names or retry or self.save_is_due):
             self.failed_at, self.save_is_due = None, False
             self.save("ckpt.pt", kept_names)
-        # The row decides, since a resumed run may have been killed between ckpt.pt and best.pt. Random weights are not
-        # worth a file.
+        # The row tells whether these weights are the best, since a resumed run may have been killed between ckpt.pt and
+        # best.pt. Random weights are not worth a file.
         is_best = state.row.get("val_loss") == state.best_val_loss
         if is_best and (state.step or self.s.init_from != "scratch"):
             self.save("best.pt")
@@ -126,12 +134,12 @@ class Run:
             self.save("ckpt.pt")
             self.collect(wait=True)
         if self.saved != self.state:
-            raise UserError(f"the last steps are not saved: make room in {self.out}, and the same command goes on")
+            raise UserError(f"the last steps are not saved: make room in {self.out}, and {self.same_command} goes on")
         if not interrupted:
             self.save("final.pt")
             self.collect(wait=True)
             if not self.has_final:
-                raise UserError(f"final.pt is not written: make room in {self.out}, and the same command writes it")
+                raise UserError(f"final.pt is not written: make room in {self.out}, and {self.same_command} writes it")
 
     def close(self):
         if self.writes:
@@ -142,12 +150,13 @@ class Run:
     def save(self, name, kept_names=()):
         """Begin to write the whole run as ckpt.pt, or its weights as best.pt or final.pt.
 
-        On a CPU the file is written when this returns. collect() takes note of it.
+        `kept_names` are further names of the file, under which it stays. On a CPU the file is written when this
+        returns. collect() takes note of it. Raises UserError where the weights are not finite.
         """
         if not self.writes:
             return
-        ends = [end for p in self.model.parameters() for end in torch.aminmax(p.detach())]
-        if not torch.stack(ends).isfinite().all():
+        extremes = [value for p in self.model.parameters() for value in torch.aminmax(p.detach())]
+        if not torch.stack(extremes).isfinite().all():
             raise self.diverged("the weights are not finite")
         content = checkpoint.weights(self.model) | {
             "format": checkpoint.FORMAT,
@@ -166,18 +175,18 @@ class Run:
                 "wandb_run_id": self.wandb.id,
             }
         self.check_folder()
-        self.writer.write(self.out / name, content, [self.out / kept for kept in kept_names], about=state)
+        self.writer.write(self.out / name, content, [self.out / kept_name for kept_name in kept_names], about=state)
         self.collect()
 
     def collect(self, wait=False):
-        """Take note of the writes that have ended; of all of them, if need be after waiting."""
+        """Take note of the writes that have ended. `wait` first waits for the others."""
         for write in self.writer.ended(wait) if self.writes else ():
             if write.error:
                 self.failed(write)
                 continue
             if write.path == self.ckpt_path:
                 self.saved = write.about
-                (self.out / "final.pt").unlink(missing_ok=True)  # of a run that has been made longer since
+                (self.out / "final.pt").unlink(missing_ok=True)  # It is of a run that is longer now.
             if write.path.name == "best.pt":
                 self.best_loss = write.about.best_val_loss
             self.has_final = write.path.name == "final.pt"
@@ -192,9 +201,9 @@ class Run:
             raise UserError(f"{reason}; make room there, or name another --out_dir")
         if write.path == self.ckpt_path:
             self.failed_at = time.monotonic()
-            reason += f"; the older one stands, the next attempt at ckpt.pt follows in {RETRY_SECONDS} s"
+            reason += f"; the older one stands, and the next attempt at ckpt.pt follows in {RETRY_SECONDS} s"
         if write.path.name == "best.pt" and self.state.best_val_loss == write.about.best_val_loss:
-            self.state.best_val_loss = self.best_loss  # The next weights that are better than those on the disk.
+            self.state.best_val_loss = self.best_loss  # The next weights have to beat those on the disk.
         self.rt.say(reason)
 
     def check_folder(self):
@@ -219,8 +228,8 @@ class Run:
 def folder_id(path):
     """What tells a folder from another one that took its name; None for no folder."""
     with contextlib.suppress(OSError):
-        found = os.stat(path)
-        return found.st_dev, found.st_ino
+        status = os.stat(path)
+        return status.st_dev, status.st_ino
 
 
 def keep_rows_before(path, step):
@@ -242,7 +251,7 @@ def keep_rows_before(path, step):
 
 
 class WandB:
-    """A W&B run. Where it fails it says so once and logs no more, and the training goes on. `id` is '' without one."""
+    """A W&B run. A failure is printed once, and the training goes on without W&B. `id` is '' where there is no run."""
 
     def __init__(self, s, run_id):
         self.run, self.id = None, run_id

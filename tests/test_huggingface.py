@@ -224,7 +224,7 @@ def test_a_vocabulary_of_as_many_ids_is_not_taken_for_gpt2s(of_gpt2s_size, file,
     monkeypatch.chdir(of_gpt2s_size.parent)
     status, out, err = script("sample", "--init_from=hf", "--device=cpu")
     assert (status, out) == (2, "")
-    assert len(err.splitlines()) == 1 and f"whose {file} is not GPT-2" in err
+    assert len(err.splitlines()) == 1 and f"the {file} of hf is not GPT-2's" in err
     status, out, err = script("export", "--init_from=hf", "--hf_dir=again")
     assert status == 0 and "without tokenizer files" in out, err
     written = sorted(path.name for path in of_gpt2s_size.with_name("again").iterdir())
@@ -289,8 +289,13 @@ def test_whatever_the_hubs_client_raises_is_one_short_line(error, monkeypatch):
 
 def test_nothing_that_could_run_code_is_asked_for(monkeypatch, folder):
     asked = []
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **kw: asked.append((a, kw)) or str(folder))
+
+    def download(repo, allow_patterns):
+        asked.append((repo, allow_patterns))
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     huggingface.load("gpt2-large")
-    (((repo,), options),) = asked
+    ((repo, patterns),) = asked
     assert repo == "openai-community/gpt2-large"
-    assert sorted(options["allow_patterns"]) == ["config.json", "model.safetensors", "tokenizer.json", "vocab.json"]
+    assert sorted(patterns) == ["config.json", "model.safetensors", "tokenizer.json", "vocab.json"]

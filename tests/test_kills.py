@@ -1,8 +1,9 @@
 """SIGKILL at random instants, half of them while a checkpoint is being written: the same command goes on, and the final
-weights are the bits of a run that nothing happened to. `python -m pytest -m stress`, about three minutes.
+weights are the bits of a run that nothing happened to. And groups of processes that end by themselves do end.
+
+`python -m pytest -m stress tests/test_kills.py` takes about five minutes.
 """
 
-import json
 import multiprocessing
 import os
 import random
@@ -17,11 +18,12 @@ from lib.settings import UserError
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, rows, same_bits, weights, without_speed
 
 pytestmark = pytest.mark.stress
 
-KILLS = 40  # of each configuration
+KILLS = 50  # of each configuration
+ENDS = 15  # of groups of four processes
 PATIENCE = 30  # seconds that the others of a group have to notice that one of them has died
 
 STARTED, MET = "started", "M parameters"  # what is in a process's log before, and after it has met the others
@@ -40,7 +42,8 @@ forked = multiprocessing.get_context("forkserver")
 forked.set_forkserver_preload(["train", "torch._dynamo"])
 
 
-def process_main(folder, args, env):
+def process_main(folder, args, env, switch_interval):
+    sys.setswitchinterval(switch_interval)
     os.chdir(folder)
     os.environ.update(env)
     log = os.open(f"log{env['RANK']}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -54,8 +57,9 @@ def process_main(folder, args, env):
 class Run:
     """A command in a folder of its own, started as often as need be."""
 
-    def __init__(self, corpus, name, world_size, args):
+    def __init__(self, corpus, name, world_size, args, switch_interval=0.005):
         self.folder, self.world_size, self.args = corpus / name, world_size, [*ARGS, *args]
+        self.switch_interval = switch_interval  # seconds that a thread may hold Python's lock; 0.005 is Python's own
         self.out = self.folder / "run"
         self.folder.mkdir()
         (self.folder / "data").symlink_to(corpus / "data")
@@ -69,7 +73,8 @@ class Run:
         with open(self.folder / "log0", "a") as log:
             print(STARTED, file=log)
         processes = [
-            forked.Process(target=process_main, args=(self.folder, self.args, env), daemon=True) for env in envs
+            forked.Process(target=process_main, args=(self.folder, self.args, env, self.switch_interval), daemon=True)
+            for env in envs
         ]
         for process in processes:
             process.start()
@@ -84,14 +89,12 @@ class Run:
         return time.monotonic() - began
 
     def outcome(self):
-        """Final weights, and the logged rows but for their speed."""
-        lines = (self.out / "metrics.jsonl").read_text().splitlines()
-        rows = [{k: v for k, v in json.loads(line).items() if k != "tokens_per_sec"} for line in lines]
-        return checkpoint.load(self.out / "final.pt")["model"], rows
+        """Final weights, and the logged rows without their speed."""
+        return weights(self.out / "final.pt"), without_speed(rows(self.out))
 
 
 def same(a, b):
-    return all(torch.equal(a[0][key], b[0][key]) for key in a[0]) and a[1] == b[1]
+    return same_bits(a[0], b[0]) and a[1] == b[1]
 
 
 def wait_for_a_write(out, process):
@@ -143,3 +146,12 @@ def test_killed_at_random_moments_a_run_ends_at_the_same_bits(corpus, name):
     )
     assert during_a_write >= KILLS // 4 and (different, unreadable) == (0, 0)
     assert not list(broken.out.glob("*.partial"))
+
+
+def test_a_group_of_processes_ends(corpus):
+    """A DDP that is freed after its group waits for a thread of gloo that waits for Python's lock. A thread that keeps
+    the lock for long makes that likely."""
+    group = Run(corpus, "group", 4, ["--max_iters=2", "--gradient_accumulation_steps=4"], switch_interval=10)
+    for _ in range(ENDS):
+        group.finish()
+        shutil.rmtree(group.out)

@@ -140,9 +140,13 @@ def test_the_validation_loss_is_the_stream_protocol_s(train, script):
 
 
 def test_eval_iters_scores_so_many_batches_always_the_same(train, monkeypatch):
-    seen = []
-    window_batch = data.window_batch
-    monkeypatch.setattr(data, "window_batch", lambda ids, w, T: seen.append(tuple(w)) or window_batch(ids, w, T))
+    seen, window_batch = [], data.window_batch
+
+    def watched(ids, windows, width):
+        seen.append(tuple(windows))
+        return window_batch(ids, windows, width)
+
+    monkeypatch.setattr(data, "window_batch", watched)
     train("--out_dir=out/a", "--eval_iters=3", "--eval_interval=6")
     assert len(seen) == 9 and seen[:3] == seen[3:6] == seen[6:] and len(set(seen)) == 3
 
@@ -204,6 +208,20 @@ def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_bits(train, mon
     assert status == 0 and f"at step {after + 1}" in out
     assert same_bits(weights("out/a/final.pt"), weights("out/b/final.pt"))
     assert without_speed(rows("out/a")) == without_speed(rows("out/b"))
+
+
+def test_what_goes_on_after_a_stop_is_said_truly(train, monkeypatch):
+    """The same command with --overwrite=True would begin anew."""
+    draw = data.batch
+
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return draw(*args)
+
+    monkeypatch.setattr(data, "batch", interrupted)
+    assert "the same command goes on from out/a/ckpt.pt" in train("--out_dir=out/a")[1]
+    said = train("--out_dir=out/a", "--overwrite=True")[1]
+    assert "the same command without --overwrite goes on from out/a/ckpt.pt" in said
 
 
 @pytest.mark.parametrize("step", [0, 4, 12])
