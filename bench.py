@@ -79,7 +79,7 @@ def check(s):
     if s.json:
         files.check_json(s.json)
     if s.trace:
-        files.check_json(os.path.abspath(s.trace), "trace")
+        files.check_json(os.path.abspath(s.trace), "trace", holds="traceEvents")
 
 
 # ---- processes ----

@@ -1,103 +1,53 @@
-"""Prepare your own UTF-8 text: the files that paths, folders and globs name become data/NAME.
+"""Prepare your own text: the files that paths, folders and globs name become data/NAME.
 
     python prepare_text.py books/*.txt --dataset=books
     python prepare_text.py notes/ 'src/**/*.py' --dataset=mine --tokenizer=bytes
     python prepare_text.py stories.txt --dataset=stories --separator='<|endoftext|>'
+    python prepare_text.py reviews.jsonl more.csv.gz --dataset=reviews --column=review
+    python prepare_text.py hub:OWNER/NAME:CONFIG --dataset=theirs
+    zcat dump.gz | python prepare_text.py - --dataset=dump
 
 A folder stands for every file in it that is not hidden. Each file is a document. With --separator, a document is the
-text between two separators. Some documents are drawn for the validation split. A single document gives its last lines
-instead. Train on the result by `python train.py --dataset=NAME`.
+text between two separators. Text is UTF-8, or UTF-16 with a byte-order mark. Each record of a .jsonl, .json, .csv or
+.parquet file is a document. All of these may be .gz files. `-` is standard input. `hub:` is a data set of the Hugging
+Face hub. What is not plain UTF-8 is kept in a temporary folder in data/ until the end.
+
+Some documents are drawn for the validation split. Where whole documents would miss its share by more than half, it is
+the end of the largest one. A data set of the hub may bring splits of its own. The last line printed is a command that
+trains on the result.
 """
 
-import codecs
-import glob
-import mmap
-import os
+import hashlib
+import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lib import data, prepare, settings, tokenizer
+from lib import data, prepare, settings, text, tokenizer
 from lib.settings import UserError
 
 import numpy as np
 
+# The config for a text of fewer bytes than this.
+CONFIGS = {1e6: "config/text_small.py", 20e6: "config/text_medium.py", float("inf"): "config/books.py"}
+
 
 @dataclass
 class Settings:
-    path: tuple[str, ...] = ()  # files, folders and globs
+    path: tuple[str, ...] = ()  # files, folders, globs, - and hub:OWNER/NAME[:CONFIG]
     dataset: str = ""  # name of the folder under data/ to write; it must be given
     tokenizer: Literal["gpt2", "bytes"] = "gpt2"  # gpt2 (byte pairs), bytes (one id for each byte)
     separator: str = ""  # text between two documents of a file, such as '<|endoftext|>'; '' is one document a file
+    column: str = "text"  # the field of a record that is its text
+    skip: bool = False  # True leaves out files that are not text, and counts them
     val_fraction: float = 0.01  # share of the bytes that goes to the validation split; 0 is no such split
     seed: int = 1337  # seed of the draw of the documents for the validation split
     threads: int = 0  # threads that encode; 0 is one for each core
     overwrite: bool = False  # True replaces an existing data/NAME
 
 
-def find_files(arguments):
-    """The files that paths, folders and globs name, in order. Each is listed once, and empty ones are left out."""
-    files = {}
-    for argument in arguments:
-        paths = [argument] if os.path.exists(argument) else sorted(glob.glob(argument, recursive=True))
-        if not paths:
-            raise UserError(f"{argument}: there is no such file, folder or glob")
-        for path in map(Path, paths):
-            inside = [p for p in sorted(path.rglob("*")) if p.is_file() and not hidden(p, path)]
-            for each in inside if path.is_dir() else [path]:
-                files.setdefault(each.resolve(), each)
-    empty = [p for p in files.values() if p.stat().st_size == 0]
-    if empty:
-        settings.say(f"left out {len(empty)} empty files, such as {empty[0]}")
-    if len(files) == len(empty):
-        raise UserError("these paths hold no text; name files that do")
-    return [p for p in files.values() if p.stat().st_size]
-
-
-def hidden(path, folder):
-    """Whether the file or a folder on the way to it from `folder` has a name that begins with a dot."""
-    return any(part.startswith(".") for part in path.relative_to(folder).parts)
-
-
-def mapped(path):
-    """The bytes of a file as a memory map, so that a large file is not read into memory."""
-    with open(path, "rb") as f:
-        return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-
-
-def document_spans(path, separator):
-    """The offsets in bytes at which the documents of a file begin and end: int64 (n, 2). Empty ones are left out."""
-    size = path.stat().st_size
-    if not separator:
-        return np.array([[0, size]])
-    spans, mark = [], separator.encode("utf-8", "surrogateescape")
-    with mapped(path) as text:
-        begin = len(codecs.BOM_UTF8) if text[:3] == codecs.BOM_UTF8 else 0  # the byte-order mark of an editor
-        while begin < size:
-            at = text.find(mark, begin)
-            end = at if at >= 0 else size
-            # The line ends around a separator belong to it and not to the documents.
-            first, last = begin, end
-            while first < last and text[first] in b"\r\n":
-                first += 1
-            while last > first and text[last - 1] in b"\r\n":
-                last -= 1
-            if first < last:
-                spans.append((first, last))
-            begin = end + len(mark)
-    return np.array(spans, np.int64).reshape(-1, 2)
-
-
-def last_lines(path, span, fraction):
-    """Cut the span of a single document in two at a line end. The second part has about `fraction` of its bytes."""
-    begin, end = span
-    with mapped(path) as text:
-        near = end - int((end - begin) * fraction)
-        line_ends = {text.rfind(b"\n", begin, min(near, end - 1)) + 1, text.find(b"\n", near, end - 1) + 1} - {0}
-    if not line_ends:
-        raise UserError(f"{path} is one line, which can't be split; name more files, or take --val_fraction=0")
-    cut = min(line_ends, key=lambda at: abs(at - near))
-    return np.array([[begin, cut], [cut, end]])
+# ---- the validation split ----
 
 
 def draw_validation(sizes, fraction, seed):
@@ -118,6 +68,78 @@ def draw_validation(sizes, fraction, seed):
     return chosen
 
 
+def place_to_cut(path, begin, end, share, is_alone):
+    """Where to cut a document so that the last part has about `share` bytes: a line end, else white space.
+
+    Either must lie within half the share. A document that is alone is cut at the nearest line end, however far. Returns
+    0 where there is no such place.
+    """
+    near = end - int(share)
+    with text.mapped(path) as content:
+        line_ends = {content.rfind(b"\n", begin, min(near, end - 1)) + 1, content.find(b"\n", near, end - 1) + 1} - {0}
+        first = max(begin + 1, near - prepare.PIECE)
+        window = content[first - 1 : min(end, near + prepare.PIECE)]
+    spaces = (first - 1 + space.start() for space in re.finditer(rb"(?<=\S)\s", window))
+    nearest = [min(places, key=lambda at: abs(at - near), default=0) for places in (line_ends, spaces)]
+    close = [at for at in nearest if at and abs(at - near) <= share / 2]
+    return close[0] if close else nearest[0] * is_alone
+
+
+def share_out(texts, fraction, seed):
+    """The documents of all Texts: int64 (n, 4). Some become the validation split, unless a Text brings one.
+
+    A row is (index of the Text, begin, end, index of the split in data.SPLITS).
+    """
+    table = np.concatenate(
+        [np.insert(t.spans, [0, 2], [i, data.SPLITS.index(t.split)], axis=1) for i, t in enumerate(texts)]
+    )
+    sizes, splits = table[:, 2] - table[:, 1], table[:, 3]
+    train, val = data.SPLITS.index("train"), data.SPLITS.index("val")
+    drawn_from = np.flatnonzero(splits == train)
+    if not fraction or (splits == val).any() or not len(drawn_from):
+        return table
+    is_alone, share = len(drawn_from) == 1, fraction * sizes[drawn_from].sum()
+    chosen = drawn_from[draw_validation(sizes[drawn_from], fraction, seed)]
+    if is_alone or abs(sizes[chosen].sum() - share) > share / 2:
+        largest = drawn_from[sizes[drawn_from].argmax()]
+        of_text, begin, end, _ = table[largest].tolist()
+        path, name, *_ = texts[of_text]
+        at = place_to_cut(path, begin, end, share, is_alone) if share < end - begin else 0
+        if at:
+            settings.say(f"the validation split is the last {end - at:,} bytes of a document of {name}")
+            table[largest, 2] = at
+            return np.insert(table, largest + 1, [of_text, at, end, val], axis=0)
+        if is_alone:
+            raise UserError(f"{name} is one line, which can't be split; name more files, or take --val_fraction=0")
+    table[chosen, 3] = val
+    return table
+
+
+# ---- what is printed ----
+
+
+def warn_of_copies(table, digests):
+    """Say how many documents of a held-out split are in the train split too. digests: uint64 (n,)."""
+    train = digests[table[:, 3] == 0]
+    for i, split in enumerate(data.SPLITS[1:], start=1):
+        held_out = digests[table[:, 3] == i]
+        if copies := np.isin(held_out, train).sum():
+            settings.say(
+                f"warning: {copies:,} of {len(held_out):,} documents of the {split} split are in the train split too, "
+                "which makes its loss too low; leave out the copies"
+            )
+
+
+def next_command(dataset, meta):
+    """The command that trains on the data by the config that fits their size."""
+    size = sum(counts["bytes"] for counts in meta["splits"].values())
+    config = next(config for limit, config in CONFIGS.items() if size < limit)
+    if size < min(CONFIGS) and meta["tokenizer"] == "gpt2":
+        settings.say("a text of less than 1 MB suits a small model better as bytes: --tokenizer=bytes --overwrite=True")
+    words = ["python", "train.py", config, f"--dataset={dataset}", f"--out_dir=out/{dataset}"]
+    return shlex.join(words + ["--eval_interval=0"] * ("val" not in meta["splits"]))
+
+
 def main():
     s = settings.load(Settings, positional="path")
     settings.check(s, not_negative="seed threads", fraction="val_fraction")
@@ -125,35 +147,38 @@ def main():
         raise UserError("name the files, folders or globs to prepare; --help shows examples")
     if not s.dataset or s.dataset != Path(s.dataset).name or s.dataset.startswith("."):
         raise UserError(f"--dataset={s.dataset}: give the data a name, such as --dataset=books")
-    with prepare.lock(s.dataset):
+    with prepare.lock(s.dataset), prepare.temporary_folder(s.dataset, "text") as folder:
         if s.dataset in data.names() and not s.overwrite:
             raise UserError(f"data/{s.dataset} exists already; --overwrite=True replaces it")
-        files = find_files(s.path)
-        spans = [document_spans(path, s.separator) for path in files]
-        if s.separator and all(mapped(path).find(s.separator.encode("utf-8", "surrogateescape")) < 0 for path in files):
+        texts = text.read(text.find(s.path), s.column, s.separator, s.skip, folder)
+        if s.separator and not any(text.has(each, s.separator) for each in texts):
             raise UserError(f"--separator={s.separator!r} is in none of these files; check its spelling")
-        if sum(map(len, spans)) == 1 and s.val_fraction:
-            i = next(i for i, of_file in enumerate(spans) if len(of_file))
-            spans[i] = last_lines(files[i], spans[i][0], s.val_fraction)
-            is_val = np.array([False, True])
-        else:
-            sizes = np.concatenate([of_file[:, 1] - of_file[:, 0] for of_file in spans])
-            if not len(sizes):
-                raise UserError("these files hold nothing but separators; name files with text")
-            is_val = draw_validation(sizes, s.val_fraction, s.seed) if s.val_fraction else np.zeros(len(sizes), bool)
+        if not sum(len(each.spans) for each in texts):
+            only = "separators" if s.separator else "empty records"
+            raise UserError(f"these files hold nothing but {only}; name files with text")
+        table = share_out(texts, s.val_fraction, s.seed)
+        digests = np.zeros(len(table), np.uint64)
 
         def pieces():
-            at = 0
-            for path, of_file in zip(files, spans, strict=True):
-                for begin, end in of_file.tolist():
-                    for text, is_last in prepare.read_pieces(path, begin, end):
-                        yield "val" if is_val[at] else "train", text, is_last
-                    at += 1
+            has_mark = bool(s.separator)
+            for i, (of_text, begin, end, split) in enumerate(table.tolist()):
+                digest, source = hashlib.blake2b(digest_size=8), texts[of_text]
+                for piece, is_last in prepare.read_pieces(source.path, begin, end):
+                    digest.update(piece.encode())
+                    if not has_mark and not source.is_records and tokenizer.ENDOFTEXT in piece:
+                        has_mark = True
+                        settings.say(
+                            f"warning: {source.name} holds {tokenizer.ENDOFTEXT}, which is read as plain text; "
+                            f"--separator='{tokenizer.ENDOFTEXT}' makes it part documents"
+                        )
+                    yield data.SPLITS[split], piece, is_last
+                digests[i] = int.from_bytes(digest.digest())
 
-        total = sum(int((of_file[:, 1] - of_file[:, 0]).sum()) for of_file in spans)
+        total = int((table[:, 2] - table[:, 1]).sum())
         meta = prepare.write(s.dataset, tokenizer.load(s.tokenizer), pieces(), total, threads=s.threads)
+    warn_of_copies(table, digests)
     settings.say(prepare.summary(s.dataset, meta))
-    settings.say(f"python train.py --dataset={s.dataset}")
+    settings.say(next_command(s.dataset, meta))
 
 
 if __name__ == "__main__":

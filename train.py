@@ -9,14 +9,12 @@ Later wins: the defaults below, then config files, then --KEY=VALUE.
 
 import itertools
 import math
-import statistics
 import sys
-import time
-from collections import deque
 from dataclasses import dataclass
 from typing import Literal
 
-from lib import checkpoint, data, prepare, processes, resume, runtime, settings
+from lib import ahead, checkpoint, data, prepare, processes, resume, runtime, settings
+from lib.clock import Clock
 from lib.run import Run
 from lib.settings import UserError
 from model import GPT, GPTConfig
@@ -54,7 +52,7 @@ class Settings:
     momentum: float = 0.95  # Muon's decay of the mean of the gradients; 0.9 is better for runs of some hundred steps
     grad_clip: float = 1.0  # norm at which gradients are clipped; 0 is off
     # learning rate and length
-    max_iters: int = 600_000  # steps of the run
+    max_iters: int = 600_000  # steps of the run; 0 measures one, says what the whole takes and writes nothing
     max_epochs: float = 0.0  # passes over the train split instead of max_iters; 0 is off
     lr_schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"  # cosine, linear, wsd, constant
     cooldown_frac: float = 0.4  # share of the steps, the last ones up to lr_decay_iters, in which wsd lowers the rate
@@ -68,6 +66,7 @@ class Settings:
     patience: int = 0  # evaluations in a row with no better loss after which the run ends; 0 is off
     eval_only: bool = False  # True evaluates once and writes nothing
     log_interval: int = 10  # steps between lines of the log
+    sample_tokens: int = 0  # tokens that the model writes after each evaluation, also to samples.txt; 0 is off
     always_save_checkpoint: bool = True  # True saves after every evaluation, False only after a better one
     save_interval: int = 0  # steps between checkpoints ckpt_iter_N.pt that are kept; 0 is off
     save_epochs: int = 0  # epochs between checkpoints ckpt_epoch_N.pt that are kept; 0 is off
@@ -95,9 +94,9 @@ def check(s):
     """Raise UserError for settings that make no sense, alone or together."""
     settings.check(
         s,
-        positive="batch_size block_size gradient_accumulation_steps n_layer n_head n_embd max_iters log_interval",
-        not_negative="n_inner learning_rate weight_decay grad_clip max_epochs warmup_iters lr_decay_iters min_lr "
-        "eval_interval eval_iters patience save_interval save_epochs seed",
+        positive="batch_size block_size gradient_accumulation_steps n_layer n_head n_embd log_interval",
+        not_negative="max_iters n_inner learning_rate weight_decay grad_clip max_epochs warmup_iters lr_decay_iters "
+        "min_lr eval_interval eval_iters patience save_interval save_epochs seed sample_tokens",
         fraction="dropout beta1 beta2 momentum cooldown_frac",
         divisible="n_embd n_head",
     )
@@ -141,7 +140,7 @@ def micro_batches(tokens, vocab_size, s, rt, first_sequence):
         yield i % s.gradient_accumulation_steps, *rt.to_device(*batch)
 
 
-def evaluate(model, ids, s, rt, stop=None):
+def evaluate(model, ids, s, rt, clock, stop=None):
     """Mean loss in nats over the targets of the `stream` windows of `ids`, shared out among the processes.
 
     ids (n,). The result is None where one of the processes has received the StopSignal `stop` meanwhile.
@@ -152,15 +151,17 @@ def evaluate(model, ids, s, rt, stop=None):
         batches = [batches[i * len(batches) // s.eval_iters] for i in range(s.eval_iters)]
     total = torch.zeros(3, dtype=torch.float64)  # negative log-likelihood, tokens, stop signals
     model.eval()
-    for part in batches[rt.rank :: rt.world_size]:
+    for i in range(rt.rank, len(batches), rt.world_size):
         if stop and stop.number:
             total[2] = 1
             break
-        x, y = rt.to_device(*data.window_batch(ids, part, s.block_size))
+        clock.at("evaluation, batch", i, len(batches))
+        x, y = rt.to_device(*data.window_batch(ids, batches[i], s.block_size))
         # Compiling a graph for evaluation would take longer than the graph saves.
         with rt.autocast(), torch.compiler.set_stance("force_eager"):
             nll = model.nll(x, y)
         total += torch.tensor([nll.cpu().double().sum().item(), len(nll), 0], dtype=torch.float64)
+    clock.at("evaluation, batch", len(batches), len(batches))
     model.train()
     nll, scored, stops = rt.sum(total.to(rt.device) if rt.device.type == "cuda" else total).tolist()
     return None if stops else nll / scored
@@ -186,7 +187,8 @@ def make_model(s, start, dataset, rt):
             raise UserError(f"{s.init_from} has {positions:,} positions; take --block_size={positions} or less")
         if s.block_size < positions:
             model.crop_block_size(s.block_size)
-            rt.say(f"cropped the model's {positions:,} positions to {s.block_size:,}")
+            cropped = f"cropped the model's {positions:,} positions to {s.block_size:,}, and an export has as many"
+            rt.say(f"{cropped}; --block_size={positions} keeps them")
         rt.say(f"starting from {opened.name}")
     for key in resume.SHAPE:
         setattr(s, key, getattr(model.config, key))
@@ -227,23 +229,12 @@ def log_line(row, max_iters, seconds_left):
     return " | ".join([*parts, f"{minutes // 60}:{minutes % 60:02}:{seconds:02} left"])
 
 
-def smaller_batch(s):
-    """What to do where memory is short. It names the settings that train the same in less memory, if there are any."""
-    divisor = next((d for d in range(2, min(s.batch_size, 1000) + 1) if s.batch_size % d == 0), 0)
-    if not divisor:
-        other = "a smaller block_size or model" if s.recompute else "--recompute=True, or a smaller block_size or model"
-        return f" with batch_size={s.batch_size}; no batch is smaller, so take {other}"
-    accumulation = s.gradient_accumulation_steps * divisor
-    same = f"--batch_size={s.batch_size // divisor} --gradient_accumulation_steps={accumulation}"
-    return f" with batch_size={s.batch_size}; {same} trains the same in less memory"
-
-
 def main():
     s = settings.load(Settings)
     check(s)
     with (
         processes.lost_process_advice(),
-        runtime.memory_advice(smaller_batch(s)),
+        runtime.memory_advice(ahead.smaller_batch(s)),
         checkpoint.Writer() as writer,
     ):
         status = train(s, writer)
@@ -270,8 +261,11 @@ def train(s, writer):
     processes.meet_all(rt, s.backend)
     rt.say(rt.why)
     length = f"{max_iters:,} steps" + (f" by max_epochs={s.max_epochs:g}" if s.max_epochs else "")
-    epoch = f"{sequences_per_epoch / sequences_per_step:,.1f} steps an epoch"
+    steps_per_epoch = sequences_per_epoch / sequences_per_step
+    epoch = f"{len(tokens):,} tokens or {steps_per_epoch:,.1f} steps an epoch"
     rt.say(f"{tokens_per_step:,} tokens a step, {epoch}, {length}")
+    for line in ahead.warnings(s, max_iters, steps_per_epoch):
+        rt.say(line)
 
     # ---- model and optimizer, of a run to go on with or of a new one ----
     torch.manual_seed(s.seed)
@@ -281,9 +275,11 @@ def train(s, writer):
         return 0
     model = make_model(s, start, dataset, rt)
     flops = model.flops_per_token()
-    rt.say(f"{model.num_params() / 1e6:.5g} M parameters without positions, {flops / 1e9:.4g} GFLOP a token")
+    size = f"{model.num_params() / 1e6:.5g} M parameters without positions, {flops / 1e9:.4g} GFLOP a token"
+    rt.say(f"{size}, at least {runtime.training_memory(model.config, s, rt) / 1e9:.2g} GB")
+    clock = Clock(rt)
     if s.eval_only:
-        rt.say(f"step {state.step:,} | val loss {evaluate(model, val_ids, s, rt):.4f}")
+        rt.say(f"step {state.step:,} | val loss {evaluate(model, val_ids, s, rt, clock):.4f}")
         return 0
     optimizer, scaler = make_optimizer(s, model, rt)
     if start.path:
@@ -292,22 +288,24 @@ def train(s, writer):
         runtime.compile_blocks(model, rt, s.batch_size, s.block_size)
     # The model is what is evaluated and saved. `trained` is the same, wrapped in DDP where there are several processes.
     trained = processes.wrap(model, rt, s.batch_size, s.block_size)
+    batches = micro_batches(tokens, dataset.vocab_size, s, rt, state.sequence)
+    if not s.max_iters:
+        rt.say(ahead.estimate(trained, batches, accumulation, max_iters, steps_per_epoch, rt))
+        return 0
     run = Run(s, rt, writer, start, model, optimizer, scaler, dataset)
     start.ckpt = {}  # This gives its memory back.
 
     # ---- the loop ----
     stop, stopping = processes.StopSignal(rt), False
-    batches = micro_batches(tokens, dataset.vocab_size, s, rt, state.sequence)
     ready = next(batches)
     skipped_in_a_row = 0
-    step_seconds, mean_seconds = [], deque(maxlen=20)  # of the steps since the last log line; of the last lines
     peak = rt.peak_flops() * rt.world_size
     while True:
         # -- the state is the one after `state.step` steps: evaluate it, save it, log it
         run.collect()
         due = s.eval_interval > 0 and (state.step % s.eval_interval == 0 or state.step == max_iters)
         if due and "val_loss" not in state.row and not stopping:
-            run.evaluated(evaluate(model, val_ids, s, rt, stop))
+            run.evaluated(evaluate(model, val_ids, s, rt, clock, stop))
         # After a signal there may be no time for an evaluation. A resume makes it, since the row lacks it.
         put_off = due and "val_loss" not in state.row
         run.save_what_is_due(kept_names(s, state, sequences_per_step, sequences_per_epoch))
@@ -318,12 +316,13 @@ def train(s, writer):
         state.row = {}
 
         # -- one step
-        began = time.perf_counter()
+        clock.begin_step()
         rate = learning_rate_at(state.step, s, max_iters)
         for group in optimizer.param_groups:
             group["lr"] = rate
         loss_sum = torch.zeros((), device=rt.device)
         for i in range(accumulation):
+            clock.at(f"step {state.step + 1:,}, micro-batch", i, accumulation)
             micro, x, y = ready  # x, y (B, T)
             torch.manual_seed(data.seed_of(s.seed, state.step, micro))  # dropout's seed
             # DDP sums gradients in the last backward pass only, as its no_sync() has it. Other models ignore this.
@@ -338,7 +337,8 @@ def train(s, writer):
         # This is the only wait for the device in a step. A signal that one process received is summed with the losses,
         # so that all processes stop after the same step.
         sums = rt.sum(torch.stack([loss_sum, loss_sum.new_full((), stop.number)]))
-        loss, signals, norm = torch.cat([sums, norm[None]]).tolist()
+        norms = torch.stack([norm, torch.nn.utils.get_total_norm(model.parameters())])
+        loss, signals, norm, weight_norm = torch.cat([sums, norms]).tolist()
         stopping = signals > 0
         if math.isfinite(loss) and math.isfinite(norm):
             scaler.step(optimizer)
@@ -354,13 +354,11 @@ def train(s, writer):
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         state.step, state.sequence = state.step + 1, state.sequence + sequences_per_step
-        step_seconds.append(time.perf_counter() - began)
+        clock.end_step(max_iters - state.step)
 
         # -- report
         if state.step % s.log_interval == 0 or state.step == max_iters:
-            mean_seconds.append(statistics.mean(step_seconds))
-            step_seconds.clear()
-            speed = tokens_per_step / mean_seconds[-1]
+            speed = tokens_per_step / clock.lap()
             state.row = {
                 "step": state.step,
                 "tokens": state.step * tokens_per_step,
@@ -368,12 +366,13 @@ def train(s, writer):
                 "loss": loss,
                 "lr": rate,
                 "grad_norm": norm,
+                "weight_norm": weight_norm,
                 "tokens_per_sec": speed,
                 "mfu": speed * flops / peak if peak else None,
             }
             if scaler.is_enabled():
                 state.row |= {"loss_scale": scaler.get_scale(), "skipped_steps": state.skipped}
-            rt.say(log_line(state.row, max_iters, (max_iters - state.step) * statistics.median(mean_seconds)))
+            rt.say(log_line(state.row, max_iters, clock.left(max_iters - state.step)))
 
     # ---- the end ----
     run.finish(interrupted=not ended)

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import sys
+import warnings
 import zipfile
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -36,9 +37,11 @@ def save(path, checkpoint, links=()):
     `links` are further names of the file. They keep it when `path` is written again.
     """
     path = Path(path)
+    if path.is_symlink():  # The file may lie on a larger disk. The link to it stays.
+        path = Path(os.path.realpath(path))
     partial = path.with_name(path.name + ".partial")
     try:
-        with open(partial, "wb") as f:
+        with files.open_new(partial) as f:
             torch.save(checkpoint, f)
             files.sync(f)
         for link in links:
@@ -46,6 +49,7 @@ def save(path, checkpoint, links=()):
             try:
                 os.link(partial, link)
             except OSError:  # a file system without hard links
+                link.with_name(link.name + ".partial").unlink(missing_ok=True)
                 shutil.copyfile(partial, link.with_name(link.name + ".partial"))
                 os.replace(link.with_name(link.name + ".partial"), link)
         os.replace(partial, path)
@@ -138,10 +142,21 @@ def is_text(value):
     return isinstance(value, str)
 
 
+def is_plain(value):
+    """Whether a value is a tensor that holds its numbers itself, one beside the other."""
+    return (
+        type(value) is torch.Tensor
+        and value.layout == torch.strided
+        and value.device.type == "cpu"
+        and not value.is_quantized
+        and not value.is_nested
+    )
+
+
 def is_loss(value):
-    """Whether a value is a loss, or infinity where there was no evaluation yet. nanoGPT's is a tensor."""
-    value = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
-    return type(value) in (int, float) and not math.isnan(value)
+    """A loss, or infinity where there was no evaluation yet. nanoGPT's is a tensor."""
+    value = value.item() if is_plain(value) and value.numel() == 1 else value
+    return is_count(value) or type(value) is float and value >= 0
 
 
 def is_named(kind):
@@ -170,7 +185,7 @@ def is_spec(value):
 
 # What a checkpoint may hold, ours or nanoGPT's, and a test of each. Only the first two are in all of them.
 SCHEMA = {
-    "model": is_named(lambda value: isinstance(value, torch.Tensor)),
+    "model": is_named(is_plain),
     "model_args": is_named(is_setting),
     "n_inner": is_count,
     "format": is_count,
@@ -213,7 +228,8 @@ def load(path, remedy="--init_from=PATH takes another"):
         others = ", ".join(p.name for p in sorted(path.parent.glob("*.pt")) if p != path) or "none"
         raise UserError(f"{path} is damaged ({damaged}); {remedy} (beside it: {others})")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # What torch thinks of an odd tensor is not for the user.
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # An unpickler may meet anything in a file that is not a checkpoint.
         named = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it names {named[1]}" if named else " ".join(str(error).split())[:150]

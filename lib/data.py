@@ -5,11 +5,15 @@ meta.json beside them says which tokenizer made them and what each split holds. 
 end-of-text, which no count and no reported figure includes. lib/prepare.py writes such folders.
 """
 
+import codecs
+import contextlib
 import hashlib
 import json
+import re
+import shlex
 from pathlib import Path
 
-from lib import tokenizer
+from lib import files, tokenizer
 from lib.settings import UserError
 
 import numpy as np
@@ -17,6 +21,23 @@ import numpy as np
 SPLITS = ("train", "val", "test")
 TOKEN_FILES = (*SPLITS, "val_lm_eval", "test_lm_eval")  # The last two hold the pages of the protocol `lm_eval`.
 COUNTS = ("tokens", "documents", "words", "lines", "bytes")  # what meta.json says of a split
+
+
+# How files of another kind begin. Three bytes can be ids, and count only where another id is beyond the vocabulary.
+MAGIC = {
+    b"\x93NUMPY": "is a .npy file",
+    b"PK\x03\x04": "is a zip or .npz archive",
+    b"PAR1": "is a Parquet file",
+    b"\x1f\x8b\x08": "is compressed by gzip",
+    b"\xff\xfe": "is text",  # UTF-16
+}
+NUMBERS = {
+    "i4": "has ids of four bytes or more",
+    "f2": "has float16 numbers",
+    "f4": "has float32 numbers",
+    "f8": "has float64 numbers",
+}
+CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f]")  # rare in a text
 
 
 # ---- reading a dataset ----
@@ -37,13 +58,16 @@ class Dataset:
 
     def __init__(self, name, root="data"):
         self.name, self.folder, self.checksums = name, Path(root, name), {}
-        self.paths = {s: p for s in TOKEN_FILES if (p := self.folder / f"{s}.bin").is_file()}
-        self.has_meta = (self.folder / "meta.json").exists()
+        self.validation = None  # what validation_ids() gives, once it has been read
+        self.paths = {s: p for s in TOKEN_FILES if files.is_file(p := self.folder / f"{s}.bin")}
+        self.has_meta = files.is_file(self.folder / "meta.json")
         if not self.paths and not self.has_meta:
             known = ", ".join(names(root)) or "none yet"
+            can_be_made = name.isprintable() and name == Path(name).name and name[:1] not in ("", ".")
             raise UserError(
-                f"there is no dataset {str(self.folder)!r} (there: {known}); `python prepare_text.py FILES "
-                f"--dataset={name}` makes one of your own text, `python prepare_stdlib.py` the demo's"
+                f"there is no dataset {str(self.folder)!r} (there: {known}); `python prepare_text.py FILES --dataset="
+                f"{shlex.quote(name) if can_be_made else 'NAME'}` makes one of your own text, "
+                "`python prepare_stdlib.py` the demo's"
             )
         if self.has_meta:
             meta = read_meta(self.folder / "meta.json")
@@ -85,24 +109,20 @@ class Dataset:
     def verify(self, split):
         """Read a split once, and return its sha256.
 
-        Raises UserError unless its ids lie in the vocabulary and its checksum is meta.json's.
+        Raises UserError unless its ids lie in the vocabulary and its checksum is meta.json's. Without a meta.json there
+        is no checksum, and a file that does not hold uint16 ids is recognised by its content.
         """
         tokens, digest, path = self.tokens(split), hashlib.sha256(), self.paths[split]
-        # Ids of four bytes or more, read as uint16, have a zero in every odd place. One such id alone proves nothing.
-        is_wide = not self.has_meta and len(tokens) > 2
+        if not self.has_meta and (what := what_else(tokens, self.vocab_size)):
+            raise UserError(f"{path} {what}; without a meta.json it must hold uint16 ids, write it so")
         for i in range(0, len(tokens), 1 << 24):
             part = tokens[i : i + (1 << 24)]
             digest.update(part.data)
-            is_wide = is_wide and not part[1::2].any() and bool(part[::2].any())
             if (top := int(part.max())) >= self.vocab_size:
                 raise UserError(
                     f"{path} holds the id {top:,}, beyond the vocabulary of {self.vocab_size:,}; "
                     "prepare the data again with the right tokenizer"
                 )
-        if is_wide:
-            raise UserError(
-                f"{path} has ids of four bytes or more; without a meta.json they must be uint16, write it so"
-            )
         if self.splits[split].get("sha256") not in (None, digest.hexdigest()):
             raise UserError(f"{path} is not the file that meta.json describes; prepare the data again")
         self.checksums[split] = digest.hexdigest()
@@ -116,12 +136,13 @@ class Dataset:
 
     def validation_ids(self):
         """What a training run evaluates. Raises UserError where that is less than an input and a target."""
-        ids = self.text_ids("val") if "val" in self.paths else ()
-        if len(ids) < 2:
+        if self.validation is None:
+            self.validation = self.text_ids("val") if "val" in self.paths else ()
+        if len(self.validation) < 2:
             raise UserError(
                 f"{self.folder} has no val split of two tokens or more; prepare one, or train by --eval_interval=0"
             )
-        return ids
+        return self.validation
 
     def document_ids(self, split):
         """The ids (n,) of a split with one end-of-text before each document, verified and in memory.
@@ -140,6 +161,41 @@ class Dataset:
         if tokens[0] == self.eot:
             return tokens
         return np.concatenate([np.array([self.eot], tokens.dtype), tokens[: -1 if tokens[-1] == self.eot else None]])
+
+
+def what_else(tokens, vocab_size):
+    """What a file that was opened as uint16 ids (n,) is instead, as the end of a sentence; '' for ids."""
+    # A sign is only what real ids can't be: the beginning of another kind of file, a text, or numbers of another type
+    # that all are ids. Real ids, read as another type, soon are fractions or beyond the vocabulary. Only swapped bytes
+    # are ids again, so there the order at hand has to be impossible, or to make each id a multiple of 256.
+    head = tokens[: 1 << 15].tobytes()
+    for magic, what in MAGIC.items():
+        if head.startswith(magic) and (len(magic) > 3 or tokens.max() >= vocab_size):
+            return what
+    if len(tokens) < 16:  # So few ids can be anything.
+        return ""
+    with contextlib.suppress(UnicodeDecodeError):
+        codecs.getincrementaldecoder("utf-8")().decode(head)  # The last character may be cut.
+        if len(CONTROL.findall(head)) <= len(head) // 1000 and len(set(head)) > 2:
+            return "is text"
+    for kind, what in NUMBERS.items():
+        if are_ids(tokens, "<" + kind, vocab_size) or are_ids(tokens, ">" + kind, vocab_size):
+            return what
+    swapped = are_ids(tokens, ">u2", vocab_size) and (tokens.max() >= vocab_size or not (tokens & 255).any())
+    return "has its bytes in big-endian order" if swapped else ""
+
+
+def are_ids(tokens, dtype, vocab_size):
+    """Whether uint16 values (n,), read as numbers of another type, all are ids, and not all the same or 0."""
+    numbers = tokens[: len(tokens) // 4 * 4].view(dtype)
+    low, high, not_zero = vocab_size, 0, 0
+    for i in range(0, len(numbers), 1 << 16):
+        part = numbers[i : i + (1 << 16)]
+        with np.errstate(invalid="ignore"):  # Some bytes are a signalling NaN.
+            if not ((part >= 0) & (part < vocab_size) & (part == np.floor(part))).all():
+                return False
+        low, high, not_zero = min(low, part.min()), max(high, part.max()), not_zero + np.count_nonzero(part)
+    return bool(low < high and not_zero >= 8)
 
 
 def read_meta(path):

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import stat
 import tempfile
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from filelock import FileLock, Timeout
 
 # The errors of a file system without locks. Some that are mounted from another machine are such.
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def sync(file):
@@ -33,31 +35,42 @@ def sync_folder(folder):
 
 
 def lock(path, timeout=-1):
-    """Acquire a lock file, which the system releases however the process ends. Returns the lock, to be released.
+    """Acquire a lock file, which the system releases however the process ends. Returns it, to be released.
 
-    timeout: seconds to wait for another process; -1 is without end. Where the file system has no locks a line says so,
-    and the program goes on. Raises filelock's Timeout, OSError.
+    Where the file system has no locks a line says so, and the program goes on. Raises filelock's Timeout, and OSError.
     """
-    lock_file = FileLock(path)
+    lock_file = FileLock(path, fallback_to_soft=False)
     try:
         lock_file.acquire(timeout=timeout)
     except Timeout:
         raise
-    except (OSError, NotImplementedError) as error:
-        if isinstance(error, OSError) and error.errno not in NO_LOCKS:
-            raise
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise OSError(error.errno, error.strerror, str(path)) from None  # The system does not name the file.
         settings.say(f"{path} can't be locked on this file system; see to it that no other process writes there")
     return lock_file
 
 
+def remedy(error, place):
+    """What to do about an OSError in writing somewhere. `place` is such as "there" or "in out/a"."""
+    return f"make room {place}" if error.errno in NO_ROOM else f"mend what is wrong {place}"
+
+
+def open_new(path):
+    """Open a new file for writing, in bytes. A file or a link that has its name already goes, and nothing behind it."""
+    path.unlink(missing_ok=True)
+    return open(path, "xb")
+
+
 def write_text(path, text):
-    """Replace a text file whole. What is no file, such as a pipe or a device, is written to. Raises OSError."""
+    """Replace a text file whole. What is no file, such as a pipe, is written to. Raises OSError."""
     if path.exists() and not path.is_file():
         path.write_text(text, encoding="utf-8")
         return
     partial = path.with_name(f"{path.name}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
+        with open_new(partial) as f:
+            f.write(text.encode())
         os.replace(partial, path)
     except OSError:
         partial.unlink(missing_ok=True)
@@ -65,8 +78,12 @@ def write_text(path, text):
 
 
 def append_line(path, line):
-    """Add a line to a file, or nothing where the disk does not take all of it. Raises OSError."""
-    with open(path, "ab", buffering=0) as f:
+    """Add a line to a file, or nothing where not all of the line can be written. Raises OSError."""
+    # A pipe without a reader would wait for one for ever.
+    number = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NONBLOCK", 0), 0o666)
+    with open(number, "ab", buffering=0) as f:
+        if not stat.S_ISREG(os.fstat(number).st_mode):
+            raise OSError(errno.EINVAL, "it is no file")
         end, content = f.seek(0, os.SEEK_END), (line + "\n").encode()
         try:
             if f.write(content) < len(content):
@@ -76,10 +93,20 @@ def append_line(path, line):
             raise
 
 
-def check_json(path, setting="json"):
+def is_file(path):
+    """Whether a file of a dataset is there. Raises UserError where something else has its name.
+
+    What the folder is depends on which files it has, so a link whose disk is not mounted must not pass for no file.
+    """
+    if not os.path.isfile(path) and os.path.lexists(path):
+        raise UserError(f"{path} is a link that leads nowhere, a folder or a pipe, and no file; put the file back")
+    return os.path.isfile(path)
+
+
+def check_json(path, setting="json", holds="results"):
     """Raise UserError where a report can't be written, before hours are spent on it.
 
-    `setting` is the name of the setting that `path` comes from. A file that holds no JSON object stays as it is.
+    `setting` names the path. A file that is there must be an older report, which has the key `holds`.
     """
     if path == "-":
         return
@@ -92,19 +119,31 @@ def check_json(path, setting="json"):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
             return
         tempfile.TemporaryFile(dir=path.parent).close()
-        if path.is_file() and path.stat().st_size and path.read_bytes()[:1] != b"{":
-            raise UserError(f"{path} holds something else than a report, so it is not overwritten; {another}")
+        if path.is_file() and path.stat().st_size and not is_report(path, holds):
+            raise UserError(f"{path} holds something else than a report, and stays; {another}")
     except OSError as error:
         raise UserError(f"{path} can't be written ({error.strerror}); {another}") from None
+
+
+def is_report(path, holds):
+    """Whether a file is JSON with this key."""
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(report, dict) and holds in report
 
 
 def write_json(path, report):
     """Write a report where --json says: over the file as a whole, or for `-` to standard output. Raises UserError."""
     text = json.dumps(report, indent=2) + "\n"
-    if path == "-":
-        print(text, end="", flush=True)
-        return
+    where = "standard output" if path == "-" else path
     try:
-        write_text(Path(os.path.realpath(path)), text)
+        if path == "-":
+            print(text, end="", flush=True)
+        else:
+            write_text(Path(os.path.realpath(path)), text)
+    except BrokenPipeError:
+        raise
     except OSError as error:
-        raise UserError(f"{path} can't be written ({error.strerror}); --json=PATH names another") from None
+        raise UserError(f"{where} can't be written ({error.strerror}); --json=PATH names another") from None

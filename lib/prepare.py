@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +19,7 @@ from lib import data, files, settings
 from lib.settings import UserError
 
 import numpy as np
+from filelock import Timeout
 
 PIECE = 1 << 20  # bytes of a read, and about as many characters for a thread at a time
 
@@ -25,40 +27,55 @@ PIECE = 1 << 20  # bytes of a read, and about as many characters for a thread at
 # ---- reading text ----
 
 
+def decode(file, name, begin=0, size=None, takes_utf16=False):
+    """Yield the text of an open binary file in blocks. `name` is what an error calls the file.
+
+    begin: the offset of the first byte. size: bytes to read; None is all there are. takes_utf16: read as UTF-16 what
+    begins with its byte-order mark, and as UTF-8 the rest. Raises UserError for a byte that is not of the encoding,
+    with its offset, and for a file that can't be read.
+    """
+    at, end, decoder = begin, None if size is None else begin + size, None
+    while at != end:
+        try:
+            block = file.read(PIECE if end is None else min(PIECE, end - at))
+        except (OSError, EOFError, zlib.error) as error:  # A broken disk is reported without the name of the file.
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"{name} can't be read ({reason}); put a sound copy in its place") from None
+        if not block and end is not None:
+            raise UserError(f"{name} became shorter while it was read; prepare again")
+        if decoder is None:
+            is_utf16 = takes_utf16 and block[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+            encoding = "UTF-16" if is_utf16 else "UTF-8"
+            decoder = codecs.getincrementaldecoder(encoding)()
+        pending = len(decoder.getstate()[0])  # bytes of a character that the last block has begun
+        try:
+            text = decoder.decode(block, final=not block or at + len(block) == end)
+        except UnicodeDecodeError as error:
+            offset = at - pending + error.start
+            raise UserError(
+                f"{name}: byte {offset:,} is not {encoding}; iconv -f LATIN1 -t UTF-8 OLD > NEW converts Latin-1"
+            ) from None
+        yield text.removeprefix("\ufeff") if at == 0 else text  # without the byte-order mark of a Windows editor
+        if not block:
+            return
+        at += len(block)
+
+
 def read_pieces(path, begin=0, end=None):
-    """Yield the text in bytes begin..end of a UTF-8 file as pieces (text, is_last) that encode as the whole would.
+    """Yield the text in bytes begin..end of a file as pieces (text, is_last) that encode as the whole would.
 
     A piece ends where white space follows something else. GPT-2's pre-tokenizer breaks there, whatever comes later.
-    Raises UserError for a byte that is not UTF-8, with the file and the offset, and for a file that can't be read.
+    Raises UserError as decode does.
     """
-    end = os.path.getsize(path) if end is None else end
-    decoder, text = codecs.getincrementaldecoder("utf-8")(), ""
+    size, text = (os.path.getsize(path) if end is None else end) - begin, ""
     with open(path, "rb") as f:
         f.seek(begin)
-        at = begin
-        while at < end:
-            pending = len(decoder.getstate()[0])  # bytes of a character that the last block has begun
-            try:
-                block = f.read(min(PIECE, end - at))
-            except OSError as error:  # A broken disk is reported without the name of the file.
-                raise UserError(
-                    f"{path} can't be read ({error.strerror or error}); put a sound copy in its place"
-                ) from None
-            if not block:
-                raise UserError(f"{path} became shorter while it was read; prepare again")
-            try:
-                text += decoder.decode(block, final=at + len(block) >= end)
-            except UnicodeDecodeError as error:
-                offset = at - pending + error.start
-                raise UserError(
-                    f"{path}: byte {offset:,} is not UTF-8; convert the file, or name others with a glob"
-                ) from None
-            if at == 0 and text.startswith("\ufeff"):  # the byte-order mark of a Windows editor
-                text = text[1:]
-            at += len(block)
-            if at < end and (cut := cut_before_space(text)):
+        for block in decode(f, path, begin, size):
+            # The text before is cut only now, since the last piece takes what is left.
+            if cut := cut_before_space(text):
                 yield text[:cut], False
                 text = text[cut:]
+            text += block
     yield text, True
 
 
@@ -202,13 +219,8 @@ def write(name, tok, pieces, total_bytes, accept=None, root="data", threads=0):
     count. The folder appears, or its files are replaced, only after all files are on the disk and accept(meta) has
     returned. `accept` rejects the data by an exception. Raises UserError where there is no text, or no room for it.
     """
-    folder = Path(os.path.realpath(Path(root, name)))  # data/NAME may be a link to a larger disk.
-    # A rename works within one disk only. A folder that exists may be the root of a disk; its parent is on another.
-    partial = folder / ".partial" if folder.exists() else folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # the rest of a preparation that was killed
-    partial.mkdir(parents=True)
     dtype = np.dtype("<u2") if tok.vocab_size <= 1 << 16 else np.dtype("<u4")
-    try:
+    with temporary_folder(name, "partial", root) as partial:
         splits = encode_into(partial, name, tok, dtype, pieces, total_bytes, threads or os.cpu_count())
         if not splits:
             raise UserError(f"there is no text to make data/{name} of; name a source that holds some")
@@ -220,15 +232,42 @@ def write(name, tok, pieces, total_bytes, accept=None, root="data", threads=0):
         with open(partial / "meta.json", "w", encoding="utf-8") as f:
             f.write(text)
             files.sync(f)
-        put_in_place(partial, folder, splits)
+        put_in_place(partial, Path(os.path.realpath(Path(root, name))), splits)
         return meta
+
+
+@contextlib.contextmanager
+def temporary_folder(name, suffix, root="data"):
+    """A new folder on the disk of data/NAME, which is removed in the end. A full disk is a UserError."""
+    folder = Path(os.path.realpath(Path(root, name)))  # data/NAME may be a link to a larger disk.
+    if Path(root, name).is_symlink() and not folder.parent.exists():
+        raise UserError(f"data/{name} is a link to {folder}, whose disk is not there; mount it, or remove the link")
+    # A rename works within one disk only. A folder that exists may be the root of a disk; its parent is on another.
+    path = folder / f".{suffix}" if folder.exists() else folder.with_name(f".{folder.name}.{suffix}")
+    shutil.rmtree(path, ignore_errors=True)  # the rest of a preparation that was killed
+    path.mkdir(parents=True)
+    try:
+        yield path
     except OSError as error:
         if error.filename:
             raise
         # A full disk is reported without the name of a file. Whatever reads a source names it in an error of its own.
-        raise UserError(f"data/{name} can't be written ({error.strerror or error}); make room for it") from None
+        reason = error.strerror or error
+        raise UserError(f"data/{name} can't be written ({reason}); {files.remedy(error, 'for it')}") from None
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def one_line(says, remedy):
+    """Turn the error of a library that reads a source into a UserError: `says`, the library's reason, the remedy."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UserError(f"{says} ({reason}); {remedy}") from None
 
 
 def put_in_place(partial, folder, splits):
@@ -257,7 +296,12 @@ def summary(name, meta):
 def lock(name, root="data"):
     """A lock between the processes of a machine: one of them prepares data/NAME, and the others wait."""
     Path(root).mkdir(parents=True, exist_ok=True)
-    lock_file = files.lock(Path(root, f".{name}.lock"))
+    path = Path(root, f".{name}.lock")
+    try:
+        lock_file = files.lock(path, timeout=0)
+    except Timeout:
+        settings.say(f"another process prepares data/{name} and holds {path}; this one waits for it")
+        lock_file = files.lock(path)
     try:
         yield
     finally:

@@ -20,6 +20,7 @@ NEEDED = (*MUST_AGREE, "batch_size", "gradient_accumulation_steps", "init_from")
 MAY_DIFFER_UNSAID = ("out_dir", "init_from", "resume_from", "overwrite", "eval_only")
 # What a run leaves in out_dir. Only --overwrite=True removes it.
 FILES = ("ckpt.pt", "best.pt", "final.pt", "ckpt_iter_*.pt", "ckpt_epoch_*.pt", "eval_*.json", "metrics.jsonl")
+FILES += ("run.json", "samples.txt")
 
 
 @dataclass
@@ -84,7 +85,7 @@ def is_finished(s, start, max_iters, rt):
     Raises UserError where the checkpoint is beyond the command's end, or where the processes do not see the same run.
     """
     step = start.state.step
-    if s.eval_only:
+    if s.eval_only or not s.max_iters:
         return False
     if start.path and not start.in_place and step > max_iters:
         raise UserError(
@@ -126,7 +127,7 @@ def checkpoint_to_resume(s, restarted):
     last = Path(s.out_dir, "ckpt.pt")
     if s.overwrite and s.init_from == "resume":
         raise UserError("overwrite=True starts anew and init_from=resume goes on; give one of them")
-    if s.eval_only and s.init_from != "resume":
+    if (s.eval_only or not s.max_iters) and s.init_from != "resume":
         return Path(s.resume_from) if s.resume_from else None
     if s.init_from == "resume" and not last.exists():
         raise UserError(f"init_from=resume: there is no {last} to resume; check out_dir, or start from scratch")
@@ -163,15 +164,15 @@ def files_of_run(out_dir):
 def check_overwrite(s):
     """Raise UserError where --overwrite=True would remove the very weights that the new run starts from."""
     out = Path(s.out_dir)
-    files = [path.resolve() for path in files_of_run(out)]
+    files = [os.path.realpath(path) for path in files_of_run(out)]
     for key, source in (("init_from", s.init_from), ("resume_from", s.resume_from)):
         is_out = source not in ("", "scratch") and is_same(source, out) and not (out / "config.json").exists()
-        if source and (Path(source).resolve() in files or is_out and files):
+        if source and (os.path.realpath(source) in files or is_out and files):
             raise UserError(f"overwrite=True would remove {key}={source} itself; take another --out_dir")
 
 
 def is_same(a, b):
-    return Path(a).resolve() == Path(b).resolve()
+    return os.path.realpath(a) == os.path.realpath(b)
 
 
 def stamp(path):
@@ -204,8 +205,20 @@ def check_agreement(ckpt, path, s, dataset):
             f"{path} can't be resumed: {'; '.join(wrong)}; undo that, or start a new run without "
             "--resume_from, in another --out_dir or by --overwrite=True"
         )
+    check_consistency(ckpt, path)
     changed = [key for key, value in now.items() if key not in MAY_DIFFER_UNSAID and then.get(key, value) != value]
     return [f"{key} {then[key]} -> {now[key]}" for key in changed]
+
+
+def check_consistency(ckpt, path):
+    """Raise UserError for a checkpoint whose parts contradict each other."""
+    config, model_args = ckpt["config"], ckpt["model_args"] | {"n_inner": ckpt["n_inner"]}
+    sequences_per_step = config["batch_size"] * config["gradient_accumulation_steps"]
+    wrong = [key for key in ("block_size", *SHAPE) if model_args.get(key) != config[key]]
+    wrong += ["sequence_index"] if ckpt["sequence_index"] != ckpt["iter_num"] * sequences_per_step else []
+    wrong += ["skipped_steps"] if ckpt["skipped_steps"] > ckpt["iter_num"] else []
+    if wrong:
+        raise UserError(f"{path} can't be resumed: its {wrong[0]} contradicts the rest of it; take another checkpoint")
 
 
 def settings_to_go_on(s, then):
@@ -227,7 +240,7 @@ def restore(start, optimizer, scaler):
     """
     saved, loss_scale = start.ckpt["optimizer"], start.ckpt["scaler"]
     groups = optimizer.state_dict()["param_groups"]
-    if reason := misfit(saved, optimizer.param_groups, groups):
+    if reason := misfit(saved, optimizer.param_groups, groups, start.state.step - start.state.skipped):
         raise UserError(f"{start.path} can't be resumed: its optimizer {reason}; take another checkpoint")
     optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
     if scaler.is_enabled() and loss_scale:
@@ -236,8 +249,8 @@ def restore(start, optimizer, scaler):
         scaler.load_state_dict(loss_scale)
 
 
-def misfit(saved, groups, numbered):
-    """Why an optimizer's saved state does not fit the parameters of its groups; '' where it does."""
+def misfit(saved, groups, numbered, steps):
+    """Why an optimizer's saved state does not fit its groups' parameters after so many steps; '' where it does."""
     saved_groups, state = saved.get("param_groups"), saved.get("state")
     if not isinstance(saved_groups, list) or not isinstance(state, dict):
         return "is none of torch's"
@@ -246,19 +259,34 @@ def misfit(saved, groups, numbered):
         return "is that of other parameters"
     if saved_numbers != [g["params"] for g in numbered]:
         return "is that of other parameters"
-    if not state:  # No step has been done yet.
+    if not state and not steps:
         return ""
     if state.keys() != {i for g in numbered for i in g["params"]}:
         return "has the moments of other parameters"
+    places = set()  # addresses: two moments in one place would change each other
     for group, numbers in zip(groups, numbered, strict=True):
         names = {"momentum_buffer"} if group.get("muon") else {"step", "exp_avg", "exp_avg_sq"}
         for i, p in zip(numbers["params"], group["params"], strict=True):
             if not isinstance(state[i], dict) or state[i].keys() != names:
                 return "has other moments"
             for name, moment in state[i].items():
-                shape = () if name == "step" else p.shape
-                if not isinstance(moment, torch.Tensor) or moment.shape != shape or not moment.is_floating_point():
-                    return f"has a moment {name} of another shape"
-                if not moment.isfinite().all():
-                    return f"has a moment {name} that is not finite"
+                if reason := misfit_of_moment(name, moment, p, steps):
+                    return f"has a moment {name} {reason}"
+                places.add(moment.data_ptr())
+    if len(places) != sum(len(moments) for moments in state.values()):
+        return "has moments that share their memory"
+    return ""
+
+
+def misfit_of_moment(name, moment, p, steps):
+    """Why a saved moment can't be that of the parameter p after so many steps; '' where it can."""
+    shape = () if name == "step" else p.shape
+    if not checkpoint.is_plain(moment) or moment.shape != shape or moment.dtype != torch.float32:
+        return "of another shape"
+    if not moment.is_contiguous() or moment.untyped_storage().nbytes() < 4 * moment.numel():
+        return "that does not hold its numbers"
+    if not moment.isfinite().all():
+        return "that is not finite"
+    if name == "step" and moment.item() != steps or name == "exp_avg_sq" and (moment < 0).any():
+        return "that no training gives"
     return ""

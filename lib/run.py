@@ -13,7 +13,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from lib import checkpoint, files, settings
+from lib import checkpoint, describe, files, sampling, settings
 from lib.resume import FILES, KEYS, files_of_run, has_ended, stamp
 from lib.settings import UserError
 
@@ -45,6 +45,7 @@ class Run:
         self.writes = rt.rank == 0
         if self.writes:
             self.take_folder(start)
+            self.description = describe.beginning(s, rt, dataset, model)  # of run.json
             self.wandb = WandB(s, start.ckpt["wandb_run_id"] if start.in_place else "")
             keep_rows_before(self.out / "metrics.jsonl", self.state.step)
 
@@ -54,8 +55,8 @@ class Run:
             if self.out.is_symlink() and not self.out.exists():
                 raise UserError(f"out_dir={self.out} is a link to {os.readlink(self.out)}, which is not there; make it")
             self.out.mkdir(parents=True, exist_ok=True)
-            self.lock = files.lock(self.out / ".lock", timeout=0)
-            self.folder_id = folder_id(self.out)
+            self.take_lock()
+            self.folder_id, self.folder = identity(self.out), pinned(self.out)
             if stamp(self.ckpt_path) != start.stamp:
                 raise UserError(
                     f"another process has just saved {self.ckpt_path}; {self.same_command} goes on from there"
@@ -63,14 +64,19 @@ class Run:
             partials = [path for name in FILES for path in self.out.glob(f"{name}.partial")]
             for path in partials + (files_of_run(self.out) if not start.in_place and self.s.overwrite else []):
                 path.unlink()
-        except Timeout:
-            lock = self.out / ".lock"
-            raise UserError(
-                f"another process trains in {self.out} and holds {lock}; stop it, or name another --out_dir"
-            ) from None
         except OSError as error:
             at = f", {error.filename}" if error.filename else ""
             raise UserError(f"out_dir={self.out} can't be written ({error.strerror}{at}); name another") from None
+
+    def take_lock(self):
+        path = self.out / ".lock"
+        try:
+            self.lock = files.lock(path, timeout=0)
+        except Timeout:
+            raise UserError(
+                f"another process trains in {self.out} and holds {path}; stop it, or name another --out_dir"
+            ) from None
+        self.lock_id = identity(path)
 
     def ended(self, max_iters):
         """Whether the run is at its end, by its length or by its patience."""
@@ -94,6 +100,8 @@ class Run:
         state.best_val_loss = self.rt.of_the_first(state.best_val_loss)
         state.worse = 0 if val_loss < state.best_val_loss else state.worse + 1
         state.best_val_loss = min(state.best_val_loss, val_loss)
+        if self.writes and self.s.sample_tokens:
+            self.sample()
         self.save_is_due |= self.s.always_save_checkpoint or val_loss == state.best_val_loss
 
     def save_what_is_due(self, kept_names):
@@ -111,6 +119,19 @@ class Run:
         if is_best and (state.step or self.s.init_from != "scratch"):
             self.save("best.pt")
 
+    def sample(self):
+        """Show how the model goes on with the beginning of the validation text, and add that to samples.txt."""
+        try:
+            text = sampling.continuation(self.model, self.dataset, self.s, self.rt, self.state.step)
+        except ValueError as error:
+            text = f"no sample: {error}"
+        self.rt.say(text)
+        try:
+            self.check_folder()
+            files.append_line(self.folder / "samples.txt", f"---- step {self.state.step:,} ----\n{text}")
+        except OSError as error:
+            self.rt.say(f"{self.out / 'samples.txt'} could not be written ({error.strerror}); training goes on")
+
     def log_row(self):
         """Add the row of this step to metrics.jsonl and to W&B. A resume at this step replaces it."""
         row = self.state.row
@@ -120,10 +141,19 @@ class Run:
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         try:
             self.check_folder()
-            files.append_line(self.out / "metrics.jsonl", json.dumps(finite))
+            files.append_line(self.folder / "metrics.jsonl", json.dumps(finite))
         except OSError as error:
             self.rt.say(f"{self.out / 'metrics.jsonl'} could not be written ({error.strerror}); training goes on")
         self.wandb.log(row)
+
+    def write_description(self, **figures):
+        """Write run.json with these figures. It says what the run was; a failure to write it ends nothing."""
+        self.description |= figures
+        try:
+            self.check_folder()
+            files.write_text(self.folder / "run.json", json.dumps(self.description, indent=2) + "\n")
+        except OSError as error:
+            self.rt.say(f"{self.out / 'run.json'} could not be written ({error.strerror}); training goes on")
 
     def finish(self, interrupted):
         """Bring the last step to the disk, and final.pt unless interrupted. Raises UserError where there is no room."""
@@ -134,12 +164,15 @@ class Run:
             self.save("ckpt.pt")
             self.collect(wait=True)
         if self.saved != self.state:
-            raise UserError(f"the last steps are not saved: make room in {self.out}, and {self.same_command} goes on")
+            raise UserError(f"the last steps are not saved: {self.remedy}, and {self.same_command} goes on")
+        outcome = describe.outcome(describe.read_rows(self.out / "metrics.jsonl"), self.state, self.rt)
+        self.write_description(**outcome)
+        self.rt.say(describe.summary(outcome))
         if not interrupted:
             self.save("final.pt")
             self.collect(wait=True)
             if not self.has_final:
-                raise UserError(f"final.pt is not written: make room in {self.out}, and {self.same_command} writes it")
+                raise UserError(f"final.pt is not written: {self.remedy}, and {self.same_command} writes it")
 
     def close(self):
         if self.writes:
@@ -175,7 +208,8 @@ class Run:
                 "wandb_run_id": self.wandb.id,
             }
         self.check_folder()
-        self.writer.write(self.out / name, content, [self.out / kept_name for kept_name in kept_names], about=state)
+        links = [self.folder / kept_name for kept_name in kept_names]
+        self.writer.write(self.folder / name, content, links, about=state)
         self.collect()
 
     def collect(self, wait=False):
@@ -184,22 +218,27 @@ class Run:
             if write.error:
                 self.failed(write)
                 continue
-            if write.path == self.ckpt_path:
+            if write.path.name == "ckpt.pt":
+                if self.saved is None:  # Until there is a checkpoint, nothing says that there is a run.
+                    self.write_description()
                 self.saved = write.about
-                (self.out / "final.pt").unlink(missing_ok=True)  # It is of a run that is longer now.
+                with contextlib.suppress(IsADirectoryError, PermissionError):  # A folder of that name is no weights.
+                    (self.folder / "final.pt").unlink(missing_ok=True)  # It is of a run that is longer now.
             if write.path.name == "best.pt":
                 self.best_loss = write.about.best_val_loss
             self.has_final = write.path.name == "final.pt"
             if self.s.wandb_log_checkpoints and write.path.name != "final.pt":
-                self.wandb.log_file(write.path)
+                self.wandb.log_file(self.out / write.path.name)
 
     def failed(self, write):
         """Report a write that failed. Raises UserError where there is no checkpoint yet that would stand."""
-        names = " and ".join(map(str, [write.path, *write.links]))
+        self.check_folder()
+        self.remedy = files.remedy(write.error, f"in {self.out}")
+        names = " and ".join(str(self.out / path.name) for path in [write.path, *write.links])
         reason = f"{names} could not be written ({write.error.strerror or write.error})"
-        if not self.ckpt_path.exists():
-            raise UserError(f"{reason}; make room there, or name another --out_dir")
-        if write.path == self.ckpt_path:
+        if not self.ckpt_path.is_file():
+            raise UserError(f"{reason}; {files.remedy(write.error, 'there')}, or name another --out_dir")
+        if write.path.name == "ckpt.pt":
             self.failed_at = time.monotonic()
             reason += f"; the older one stands, and the next attempt at ckpt.pt follows in {RETRY_SECONDS} s"
         if write.path.name == "best.pt" and self.state.best_val_loss == write.about.best_val_loss:
@@ -208,7 +247,9 @@ class Run:
 
     def check_folder(self):
         """Raise UserError where out_dir is no longer the folder that was locked. Another run may be in its place."""
-        if folder_id(self.out) != self.folder_id:
+        if identity(self.out) == self.folder_id and identity(self.out / ".lock") != self.lock_id:
+            self.take_lock()  # Somebody has removed the file, and another process could lock a new one.
+        if identity(self.out) != self.folder_id:
             step = f", of step {self.saved.step:,}," if self.saved else ""
             raise UserError(
                 f"{self.out} is no longer the folder that this run has locked, so nothing more is written there; the "
@@ -225,11 +266,23 @@ class Run:
         )
 
 
-def folder_id(path):
-    """What tells a folder from another one that took its name; None for no folder."""
+def identity(path):
+    """What tells a file or folder from another one that took its name; None for neither."""
     with contextlib.suppress(OSError):
         status = os.stat(path)
         return status.st_dev, status.st_ino
+
+
+def pinned(folder):
+    """A path to this very folder, wherever it is moved to meanwhile; its own path where the system has no such thing.
+
+    So a write that has begun never ends in a folder that took the name.
+    """
+    with contextlib.suppress(OSError):
+        path = Path(f"/proc/self/fd/{os.open(folder, os.O_RDONLY)}")
+        if path.is_dir():
+            return path
+    return folder
 
 
 def keep_rows_before(path, step):
@@ -247,7 +300,8 @@ def keep_rows_before(path, step):
         if wanted != text:
             files.write_text(path, wanted)
     except OSError as error:
-        raise UserError(f"{path} can't be written ({error.strerror}); make room in {path.parent}") from None
+        remedy = files.remedy(error, f"in {path.parent}")
+        raise UserError(f"{path} can't be written ({error.strerror}); {remedy}") from None
 
 
 class WandB:

@@ -218,21 +218,24 @@ def auto_compile(device):
     return False, f"compile does not pay on {device.type}"
 
 
-def check_memory(config, s, rt):
-    """Raise UserError for a training that can't fit: better at once than killed by the system after minutes.
+def training_memory(config, s, rt):
+    """The bytes that a training takes at the least, by arithmetic.
 
     config: the model's GPTConfig. s: the settings batch_size, block_size and recompute.
     """
-    parameters, tokens = config.num_params(), s.batch_size * s.block_size
     # Weights, gradients and two moments are float32. A token needs its ids and, for the backward pass, at the very
     # least the inputs of the two branches of each block, or the block's alone where the block is computed again.
     activations = (1 if s.recompute else 2) * config.n_layer * config.n_embd
-    needed = 16 * parameters + tokens * (16 + activations * rt.dtype.itemsize)
-    if needed > rt.memory() > 0:
+    return 16 * config.num_params() + s.batch_size * s.block_size * (16 + activations * rt.dtype.itemsize)
+
+
+def check_memory(config, s, rt):
+    """Raise UserError for a training that can't fit: better at once than killed by the system after minutes."""
+    if (needed := training_memory(config, s, rt)) > rt.memory() > 0:
         raise UserError(
-            f"{parameters / 1e6:,.0f} M parameters and {tokens:,} tokens in a micro-batch take more than "
-            f"{needed / 2**30:,.0f} GiB, {rt.device} has {rt.memory() / 2**30:,.0f}; take a smaller n_layer, n_embd, "
-            "n_inner or batch_size"
+            f"{config.num_params() / 1e6:,.0f} M parameters and {s.batch_size * s.block_size:,} tokens in a "
+            f"micro-batch take more than {needed / 2**30:,.0f} GiB, {rt.device} has {rt.memory() / 2**30:,.0f}; take a "
+            "smaller n_layer, n_embd, n_inner or batch_size"
         )
 
 

@@ -21,6 +21,8 @@ import inspect
 import io
 import math
 import os
+import re
+import shlex
 import sys
 import tokenize
 import types
@@ -96,10 +98,10 @@ def drop_unwritten_output():
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def say(text, file=None):
+def say(text, file=None, end="\n"):
     """Print a line. A full disk or a closed terminal does not end the program."""
     with contextlib.suppress(OSError):
-        print(text, file=file, flush=True)
+        print(text, file=file, end=end, flush=True)
 
 
 def end(message, status):
@@ -117,36 +119,59 @@ def load(cls, argv=None, positional="", command_line_only=(), bare_means=""):
     """
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
-        print(help_text(cls, positional))
+        say(help_text(cls, positional))
         sys.exit(0)
     hints = typing.get_type_hints(cls)
     hints.pop(positional, None)
     given, bare = {}, []  # from the command line
     for i, arg in enumerate(argv):
-        if not arg.startswith("--"):
-            if arg[:1] in DASHES and "=" in arg:
-                raise UserError(f"{arg}: settings begin with two dashes, write --{arg.lstrip(DASHES)}")
-            bare.append(arg)
-            continue
         key, equals, text = arg[2:].partition("=")  # Only the first `=` splits: a value may hold more of them.
         key = key.replace("-", "_")
-        if key not in hints:
-            raise UserError(f"{arg}: unknown setting {key!r}{nearest(key, hints)}; --help lists them all")
-        if not equals:
-            following = argv[i + 1] if i + 1 < len(argv) and not argv[i + 1].startswith("--") else ""
-            example = "True" if hints[key] is bool else following or "VALUE"
-            raise UserError(f"{arg}: a value is missing, write --{key}={example}")
-        given[key] = convert(key, text, hints[key], arg, is_text=True)
+        if arg.startswith("--") and equals and key in hints:
+            given[key] = convert(key, text, hints[key], arg, is_text=True)
+            continue
+        if arg[:1] in DASHES:
+            refuse_setting(arg, argv[i + 1 :], hints)
+        bare.append(arg)
     if positional:
         return cls(**given, **{positional: tuple(bare)})
     values = {}
     for path in bare:
         if not os.path.isfile(path):
+            if "=" in path:
+                refuse_setting(path, [], hints)
             raise UserError(no_such_file(path, bare_means))
         for key, (value, where) in read_file(path, known=set(hints) | shared_keys()).items():
             if key in hints and key not in command_line_only:
                 values[key] = convert(key, value, hints[key], where)
     return cls(**values | given)
+
+
+def refuse_setting(arg, following, hints):
+    """Raise UserError for a setting that is not written as --key=value. `following` are the arguments after it.
+
+    Without two dashes, text with white space is a setting only where it begins with an exact key. It may be a prompt.
+    """
+    word, equals, text = arg.lstrip(DASHES).partition("=")
+    key, has_dashes, is_one_word = word.strip().replace("-", "_"), arg.startswith("--"), len(arg.split()) == 1
+    meant = key if key in hints or has_dashes or not is_one_word else guess(key, hints, cutoff=0.75)[0]
+    if meant in hints:
+        wrong = "a value is missing" if has_dashes and not equals else "settings begin with two dashes"
+        values = [text.strip()] if equals else following
+        raise UserError(f"{arg}: {wrong}, write {example(meant, values, hints[meant])}")
+    if has_dashes or equals and is_one_word:
+        raise UserError(f"{arg}: unknown setting {key!r}{guess(key, hints)[1]}; --help lists them all")
+
+
+def example(key, following, hint):
+    """`--key=value` as a shell takes it. The value is the first argument of `following`, where the setting takes it."""
+    following = following[1:] if following[:1] == ["="] else following
+    text = following[0].removeprefix("=") if following and not following[0].startswith("--") else ""
+    with contextlib.suppress(UserError):
+        convert(key, text, hint, "", is_text=True)
+        if text.isprintable() and text.split(" ") == text.split():  # What is printed on one line is the same text.
+            return f"--{key}={shlex.quote(text)}"
+    return f"--{key}=" + ("True" if hint is bool else "VALUE")
 
 
 def read_file(path, known):
@@ -171,19 +196,17 @@ def read_file(path, known):
             continue
         where = f"{path}:{lines.get(key, 1)}"
         if key not in known:
-            raise UserError(f"{where}: unknown setting {key!r}{nearest(key, known)}; begin a name of your own with _")
+            raise UserError(f"{where}: unknown setting {key!r}{guess(key, known)[1]}; begin a name of your own with _")
         values[key] = (value, where)
     return values
 
 
 def no_such_file(path, bare_means):
     """What to say of a bare argument that is no config file."""
-    if "=" in path:
-        return f"{path}: settings begin with two dashes, write --{path}"
     close = difflib.get_close_matches(path, map(str, Path("config").glob("*.py")), n=1, cutoff=0.4)
     hint = f"did you mean {close[0]}?" if close else "it is looked for from the current folder"
     if bare_means and not path.endswith(".py"):
-        hint = f"write --{bare_means}={path!r}"
+        hint = f"write {example(bare_means, [path], str)}"
     return f"{path}: no such config file; {hint}"
 
 
@@ -197,9 +220,32 @@ def shared_keys():
     return keys
 
 
-def nearest(key, known):
-    close = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.5)
-    return f", the nearest is {close[0]!r}" if close else ""
+# What other programs call a setting, where that is not close to our name of it. The first one that a script has counts.
+OTHER_NAMES = {
+    "learning_rate": "lr",
+    "max_iters": "steps num_steps total_steps",
+    "gradient_accumulation_steps": "grad_accum",
+    "block_size": "context context_length seq_len max_seq_len sequence_length n_positions",
+    "n_layer": "depth",
+    "n_embd": "width dim d_model hidden_size",
+    "weight_decay": "wd",
+    "grad_clip": "max_grad_norm",
+    "start": "prompt",
+    "hf_dir": "out output output_dir",
+    "out_dir": "output",
+    "init_from": "model model_name model_name_or_path checkpoint",
+    "dataset": "data data_dir",
+}
+
+
+def guess(key, known, cutoff=0.5):
+    """(The setting that an unknown key may have meant, what a message says of it); two '' where none is like it."""
+    for name, others in OTHER_NAMES.items():
+        if name in known and key.lower() in others.split():
+            return name, f", which is {name!r} here"
+    for name in difflib.get_close_matches(key, sorted(known), n=1, cutoff=cutoff):
+        return name, f", the nearest is {name!r}"
+    return "", ""
 
 
 def convert(key, value, hint, where, is_text=False):
@@ -216,9 +262,12 @@ def convert(key, value, hint, where, is_text=False):
                 return choice
         wanted = "one of " + ", ".join(map(str, args))
     elif kind is str:
-        if isinstance(value, str):
-            return value
         wanted = "text in quotes"
+        if isinstance(value, str):
+            # No name of a file has these. Python keeps an argument's bytes that are not UTF-8 as the other surrogates.
+            if not (refused := re.search("[\0\ud800-\udc7f\udd00-\udfff]", value)):
+                return value
+            wanted = f"text, and this has a NUL or is not UTF-8 at character {refused.start()}"
     elif kind is tuple:
         items = [v.strip() for v in value.split(",") if v.strip()] if isinstance(value, str) else value
         if isinstance(items, (list, tuple)):

@@ -8,6 +8,7 @@ import importlib.util
 import pickle
 from pathlib import Path
 
+from lib import files
 from lib.settings import UserError
 
 import numpy as np
@@ -155,7 +156,7 @@ def read_meta_pkl(path):
 def nanogpt_spec(dataset, root="data"):
     """The tokenizer's spec of nanoGPT's data, or of a checkpoint trained on them: its meta.pkl's, else GPT-2's."""
     pickled = Path(root, dataset, "meta.pkl")
-    return read_meta_pkl(pickled).spec if dataset and pickled.is_file() else "gpt2"
+    return read_meta_pkl(pickled).spec if dataset and files.is_file(pickled) else "gpt2"
 
 
 def spec_of_model(opened):

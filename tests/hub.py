@@ -1,10 +1,14 @@
 """A server on the loopback address that answers as the Hugging Face hub does, for repositories held in memory."""
 
 import hashlib
+import io
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -85,9 +89,10 @@ class HubHandler(BaseHTTPRequestHandler):
             self.close_connection = True
             return None
         if asked := self.headers.get("Range"):
-            begin = int(asked.removeprefix("bytes=").split("-")[0])
-            headers |= {"Content-Range": f"bytes {begin}-{len(content) - 1}/{len(content)}"}
-            content, status = content[begin:], 206
+            begin, end = asked.removeprefix("bytes=").split("-")
+            part = content[int(begin) : int(end) + 1 if end else None]
+            headers |= {"Content-Range": f"bytes {begin}-{int(begin) + len(part) - 1}/{len(content)}"}
+            content, status = part, 206
         return self.answer(status, content, headers, f"resolve {self.command} {status}")
 
     def answer(self, status, content, headers, what):
@@ -102,3 +107,20 @@ class HubHandler(BaseHTTPRequestHandler):
 
 def etag(content):
     return hashlib.sha1(content).hexdigest()
+
+
+def parquet(rows, column="text"):
+    """A parquet file with a column of text."""
+    buffer = io.BytesIO()
+    pq.write_table(pa.table({column: rows}), buffer)
+    return buffer.getvalue()
+
+
+def card(configs):
+    """The README.md of a data set. configs: {name: (folder, splits)}; a split is the files folder/SPLIT-*."""
+    lines = ["---", "configs:"]
+    for name, (folder, splits) in configs.items():
+        lines += [f"- config_name: {name}", "  data_files:"]
+        for split in splits:
+            lines += [f"  - split: {split}", f"    path: {folder}/{split}-*"]
+    return "\n".join([*lines, "---", ""]).encode()

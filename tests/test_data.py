@@ -1,8 +1,11 @@
 """Datasets, the batch of a step and evaluation windows, against slow ways to the same and against properties."""
 
+import gzip
 import hashlib
+import io
 import itertools
 import json
+import os
 import tracemalloc
 from collections import Counter
 from pathlib import Path
@@ -75,6 +78,26 @@ def test_a_missing_dataset_is_named_beside_those_there_are(cwd):
     assert "prepare_text.py" in message
 
 
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [
+        ("books", "books"),
+        ("my books", "'my books'"),
+        ("a;b", "'a;b'"),
+        ("it's", "'it'\"'\"'s'"),
+        ("a\nb", "NAME"),
+        ("a\0b", "NAME"),
+        ("a\x1b[0mb", "NAME"),
+        ("", "NAME"),
+        ("../a", "NAME"),
+        ("a/b", "NAME"),  # prepare_text.py takes no such name
+        (".a", "NAME"),
+    ],
+)
+def test_the_command_that_makes_a_missing_dataset_can_be_pasted(cwd, name, written):
+    assert f"`python prepare_text.py FILES --dataset={written}` makes" in refusal(data.Dataset, name)
+
+
 def test_a_missing_split_is_named_beside_those_there_are(cwd):
     write([("train", "some text")])
     assert "no val split (there: train)" in refusal(data.Dataset("d").tokens, "val")
@@ -116,17 +139,117 @@ def test_a_nanogpt_id_beyond_the_vocabulary_is_refused(cwd):
 
 
 @pytest.mark.parametrize("dtype", ["<i4", "<u4", "<i8"])
-@pytest.mark.parametrize("ids", [[50256, 15496, 995, 50256, 0], [0, 0, 7], [5, 6]])
+@pytest.mark.parametrize("ids", [[50256, 15496, 995, 50256, 0], [0, 0, 7, 8], [5, 6]])
 def test_a_file_of_wider_ids_without_a_meta_json_is_refused(cwd, dtype, ids):
-    nanogpt_folder(ids, dtype=dtype)
+    nanogpt_folder(ids * 4, dtype=dtype)
     assert "ids of four bytes or more" in refusal(data.Dataset("n").verify, "train")
 
 
-@pytest.mark.parametrize("ids", [[7], [7, 0], [0] * 8, [15496, 0, 995, 0, 11, 0, 0, 1], [0, 5, 0, 6]])
+@pytest.mark.parametrize(
+    "ids",
+    [[7], [7, 0], [0] * 8, [15496, 0, 995, 0, 11, 0, 0, 1], [0, 5, 0, 6]]
+    + [[5, 0, 6, 0, 7, 0, 8], [7, 0] * 7, [15496] + [0] * 99, [30000] * 99, [18176] * 99, list(range(99))],
+)
 def test_a_file_of_uint16_ids_is_not_taken_for_wider_ones(cwd, ids):
     nanogpt_folder(ids)
     assert data.Dataset("n").verify("train")
     assert data.Dataset("n").text_ids("train").tolist() == ids
+
+
+PROSE = "It was a dark and stormy night; the rain fell in torrents, except at occasional intervals.\n" * 9
+
+
+def saved(save, *arrays):
+    file = io.BytesIO()
+    save(file, *arrays)
+    return file.getvalue()
+
+
+def of_type(dtype, is_char=False):
+    def content(tok):
+        return np.array(
+            [" abcdefghijklmnopqrstuvwxyz".find(c) + 1 for c in PROSE] if is_char else tok.encode(PROSE), dtype
+        )
+
+    return content
+
+
+OTHER_CONTENT = {
+    **{dtype: (of_type(dtype), "four bytes") for dtype in (">i4", "<i8", ">i8")},
+    **{f"{order}f{n}": (of_type(f"{order}f{n}"), f"float{8 * n} numbers") for n in (2, 4, 8) for order in "<>"},
+    "big-endian": (of_type(">u2"), "big-endian"),
+    "big-endian characters": (of_type(">u2", is_char=True), "big-endian"),
+    "float32 characters": (of_type("<f4", is_char=True), "float32 numbers"),
+    "text": (lambda tok: PROSE.encode(), "is text"),
+    "text of few characters": (lambda tok: "né 漢字 and the rest of it ☃ at length".encode(), "is text"),
+    "text with a stray byte": (lambda tok: (PROSE * 9).replace("dark", "d\x01rk", 1).encode(), "is text"),
+    "text of UTF-16": (lambda tok: PROSE.encode("utf-16"), "is text"),
+    "npy": (lambda tok: saved(np.save, of_type("<u2")(tok)), ".npy"),
+    "npz": (lambda tok: saved(np.savez, of_type("<u2")(tok)), "zip"),
+    "gzip": (lambda tok: gzip.compress(of_type("<u2")(tok).tobytes(), mtime=0), "gzip"),
+    "parquet": (lambda tok: b"PAR1" + of_type("<u2")(tok).tobytes() + b"PAR1", "Parquet"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_CONTENT)
+def test_a_file_without_a_meta_json_that_holds_no_uint16_ids_is_recognised(cwd, gpt2, name):
+    content, says = OTHER_CONTENT[name]
+    content = bytes(content(gpt2))
+    nanogpt_folder([1])
+    Path("data/n/train.bin").write_bytes(content[: len(content) // 2 * 2])
+    message = refusal(data.Dataset("n").verify, "train")
+    assert says in message and "train.bin" in message and "must hold uint16 ids" in message
+
+
+def test_other_content_is_recognised_after_zeros(cwd):
+    nanogpt_folder([0] * 100_000 + [50256, 15496, 995] * 9, dtype="<f4")
+    assert "float32" in refusal(data.Dataset("n").verify, "train")
+
+
+ids_of = st.sampled_from([2, 4, 65, 257, 6000, 50257]).flatmap(
+    lambda top: st.lists(st.integers(0, top - 1), min_size=16, max_size=99).map(lambda ids: (top, ids))
+)
+
+
+@settings(quick, max_examples=300)
+@given(drawn=ids_of, seed=st.integers(0, 2**32))
+def test_random_uint16_ids_raise_no_alarm(drawn, seed):
+    top, ids = drawn
+    for tokens in (np.random.default_rng(seed).integers(0, top, len(ids)), [*ids, 1, 257 % top, 1, 0, 1]):
+        assert data.what_else(np.array(tokens, "<u2"), top) == ""
+
+
+def test_real_uint16_ids_raise_no_alarm(gpt2):
+    tokens = gpt2.encode(Path(data.__file__).read_text() + PROSE).astype("<u2")
+    for i in range(len(tokens) - 16):
+        assert data.what_else(tokens[i : i + 16], 50257) == ""
+    assert data.what_else(of_type("<u2", is_char=True)(gpt2), 28) == ""
+
+
+def dangling(path):
+    path.symlink_to("/nowhere/file")
+
+
+def loop(path):
+    path.symlink_to(path)
+
+
+@pytest.mark.parametrize("kind", [dangling, loop, Path.mkdir, os.mkfifo])
+@pytest.mark.parametrize("file", ["meta.json", "meta.pkl", "train.bin", "val.bin", "val_lm_eval.bin"])
+def test_what_has_the_name_of_a_file_and_is_none_is_refused(cwd, kind, file):
+    for split in ("train", "val"):
+        nanogpt_folder([1, 2, 3], split=split)
+    path = Path("data/n", file)
+    path.unlink(missing_ok=True)
+    kind(path)
+    assert f"{path} is a link that leads nowhere, a folder or a pipe" in refusal(data.Dataset, "n")
+
+
+def test_a_link_to_a_file_is_the_file(cwd):
+    nanogpt_folder([1, 2, 3], "m")
+    Path("data/n").mkdir()
+    Path("data/n/train.bin").symlink_to(Path("data/m/train.bin").absolute())
+    assert data.Dataset("n").verify("train")
 
 
 GOOD_META = {

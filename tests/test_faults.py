@@ -261,7 +261,7 @@ REFUSED = {
     "another seed": (None, ["train", *ON, "--seed=1"], "seed was 1337 and is 1"),
     "another batch": (None, ["train", *ON, "--batch_size=2"], "tokens a step was 128 and is 64"),
     "a newer format": (ckpt(format=99), ["train", *ON], "newer version"),
-    "weights of another shape": (ckpt(n_inner=7), ["train", *ON], "do not fit its model_args"),
+    "weights of another shape": (ckpt(n_inner=7), ["train", *ON], "its n_inner contradicts"),
     "nanoGPT's to resume": (ckpt(format=None), ["train", *ON], "is nanoGPT's"),
     "one that carries code": (hostile_checkpoint, ["train", *ON], "not a checkpoint of plain data"),
     "no ckpt.pt but others": (gone("out/a/ckpt.pt"), ["train", *ON], "no ckpt.pt to go on from"),

@@ -10,8 +10,7 @@ import itertools
 import json
 from pathlib import Path
 
-import prepare_wikitext103 as wikitext103
-from lib import data, prepare, tokenizer
+from lib import data, prepare, tokenizer, wikitext
 
 import numpy as np
 import pytest
@@ -31,7 +30,7 @@ pytestmark = [
 def harness_pages(split):
     """The pages of the harness's data set on the hub, by the rule of the script that made it."""
     pages, page = [], None
-    for line in (WIKITEXT / wikitext103.RAW[split]).read_bytes().decode().split("\n"):
+    for line in (WIKITEXT / wikitext.RAW[split]).read_bytes().decode().split("\n"):
         stripped = line.replace("= = =", "===").replace("= =", "==").strip()
         if stripped.startswith("= ") and stripped.endswith(" ="):
             page = []
@@ -71,14 +70,14 @@ marks += [f" {m} " for m in ":;.!?,"] + ["= ", "= = = =", " ° ", " \n", "\n ", 
 @settings(max_examples=2000, deadline=None, database=None)
 @given(text=st.lists(st.sampled_from(marks) | st.text(max_size=3), max_size=25).map("".join))
 def test_any_text_is_detokenized_as_the_harness_does(text):
-    assert wikitext103.detokenize(text) == detokenizer()(text)
+    assert wikitext.detokenize(text) == detokenizer()(text)
 
 
 @needs_wikitext
 @pytest.mark.parametrize(("split", "number"), [("val", 60), ("test", 62)])
 def test_wikitexts_pages_are_those_of_the_harness(split, number):
     theirs = [(detokenizer()(page), len(page.encode())) for page in harness_pages(split)]
-    pieces = wikitext103.page_pieces(split, wikitext103.file_rows(WIKITEXT / wikitext103.RAW[split]))
+    pieces = wikitext.page_pieces(split, wikitext.file_rows(WIKITEXT / wikitext.RAW[split]))
     ours = [(text, counts["bytes"]) for name, text, _, counts in pieces if name == f"{split}_lm_eval"]
     assert len(ours) == number and ours == theirs
 
@@ -111,9 +110,9 @@ def harness_figures(folder, pages, batch_size):
 def test_the_figures_are_those_of_the_harness(script, tmp_path, monkeypatch, spec, n_pages, steps):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    pieces = list(wikitext103.page_pieces("test", wikitext103.file_rows(WIKITEXT / wikitext103.RAW["test"])))
+    pieces = list(wikitext.page_pieces("test", wikitext.file_rows(WIKITEXT / wikitext.RAW["test"])))
     pieces = pieces[:n_pages] + pieces[62 : 62 + n_pages]  # pages of the split itself, then those for lm_eval
-    pages = wikitext103.pages(wikitext103.file_rows(WIKITEXT / wikitext103.RAW["val"]))
+    pages = wikitext.pages(wikitext.file_rows(WIKITEXT / wikitext.RAW["val"]))
     train = [("train", "".join(page), True) for page in itertools.islice(pages, 20)]
     prepare.write("wiki", tokenizer.load(spec), [*train, *pieces], 1)
     shape = ["--n_layer=2", "--n_head=4", "--n_embd=64", "--block_size=64", "--dropout=0.0"]

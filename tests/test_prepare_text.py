@@ -1,17 +1,24 @@
-"""prepare_text.py: the files and their order, the two splits, and what a mistake leaves behind."""
+"""prepare_text.py: the files and their order, text and records, the two splits, and what a mistake leaves behind."""
 
+import errno
+import gzip
+import io
 import json
+import os
+import shlex
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import prepare_text
-from lib import data, tokenizer
+from lib import data, text, tokenizer
 
 import conftest
 import numpy as np
 import pytest
 from conftest import ROOT
+from hub import Hub, card, parquet
 
 BYTES = tokenizer.BytesTokenizer()
 
@@ -20,6 +27,10 @@ def write(files):
     for name, content in files.items():
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def no_temporary_files():
+    return not [p for p in Path("data").rglob(".*") if p.suffix != ".lock"]
 
 
 def documents(split, tok=BYTES):
@@ -41,8 +52,8 @@ def folder(tmp_path, monkeypatch):
 def prepare(script):
     """prepare("a.txt", ...) makes data/mine with the bytes tokenizer, and returns the standard output of the script."""
 
-    def prepare(*args):
-        status, out, err = script("prepare_text", *args, "--dataset=mine", "--tokenizer=bytes")
+    def prepare(*args, stdin=b""):
+        status, out, err = script("prepare_text", *args, "--dataset=mine", "--tokenizer=bytes", stdin=stdin)
         assert status == 0, err
         return out
 
@@ -53,10 +64,11 @@ def prepare(script):
 def mistake(script):
     """mistake("a.txt", ...) is the line with which the script ends for the dataset `mine`."""
 
-    def mistake(*args):
-        status, _, err = script("prepare_text", *args, "--dataset=mine", "--tokenizer=bytes")
+    def mistake(*args, stdin=b""):
+        status, _, err = script("prepare_text", *args, "--dataset=mine", "--tokenizer=bytes", stdin=stdin)
         assert status == 2
         assert "Traceback" not in err
+        assert no_temporary_files()
         return err.splitlines()[-1]
 
     return mistake
@@ -120,6 +132,217 @@ def test_empty_files_are_left_out_and_that_is_said(prepare):
     assert "left out" not in prepare("t/a.txt", "t/d.txt", "--overwrite=True")
 
 
+def test_linked_folders_are_followed_and_a_circle_ends(prepare):
+    write({"texts/a.txt": "one", "other/b.txt": "two", "other/deep/c.txt": "three"})
+    Path("texts/linked").symlink_to(Path("other").absolute())
+    Path("texts/up").symlink_to("..")
+    Path("other/deep/round").symlink_to("../..")
+    Path("texts/nowhere").symlink_to("gone")
+    prepare("texts", "--val_fraction=0")
+    assert sorted(documents("train")) == ["one", "three", "two"]
+
+
+# ---- text in other forms ----
+
+TEXT = "Zeile äöü 😀\n" * 5_000 + "\ufeffende"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_byte_order_mark_says_the_encoding(prepare, monkeypatch, encoding, packed):
+    monkeypatch.setattr("lib.prepare.PIECE", 1001)  # Blocks end within characters.
+    content = TEXT.encode(encoding)
+    write({"a.txt.gz" if packed else "a.txt": gzip.compress(content) if packed else content})
+    prepare("a.txt*", "--val_fraction=0")
+    assert documents("train") == [TEXT]
+    assert no_temporary_files()
+
+
+def test_utf16_of_either_order_is_parted_and_cut_as_utf8_is(prepare):
+    content = "one<|end|>\r\ntwo"
+    little, big = b"\xff\xfe" + content.encode("utf-16-le"), b"\xfe\xff" + content.encode("utf-16-be")
+    write({"a.txt": little, "b.txt": big})
+    prepare("a.txt", "b.txt", "--separator=<|end|>", "--val_fraction=0")
+    assert documents("train") == ["one", "two", "one", "two"]
+    write({"a.txt": "".join(f"line {i}\n" for i in range(100)).encode("utf-16")})
+    prepare("a.txt", "--val_fraction=0.1", "--overwrite=True")
+    assert documents("train")[0] + documents("val")[0] == "".join(f"line {i}\n" for i in range(100))
+
+
+def test_standard_input_is_text(prepare, mistake):
+    out = prepare("-", "--val_fraction=0.2", stdin=b"one\ntwo\nthree\nfour\nfive\n")
+    assert documents("train") + documents("val") == ["one\ntwo\nthree\nfour\n", "five\n"]
+    assert "the last 5 bytes of a document of standard input" in out
+    write({"a.txt": "file"})
+    prepare("a.txt", "-", "--val_fraction=0", "--overwrite=True", stdin="pipe".encode("utf-16"))
+    assert documents("train") == ["file", "pipe"]
+    assert mistake("-", "--overwrite=True", stdin=b"caf\xe9").startswith("prepare_text.py: standard input: byte 3 is")
+    assert "hold nothing but" in mistake("-", "--overwrite=True")
+    assert no_temporary_files()
+
+
+def test_a_pipe_is_read_once(prepare):
+    os.mkfifo("pipe")
+    text = "".join(f"line {i}\n" for i in range(30_000))
+    writer = threading.Thread(target=Path("pipe").write_text, args=(text,))
+    writer.start()
+    prepare("pipe", "--val_fraction=0.1")
+    writer.join()
+    assert documents("train")[0] + documents("val")[0] == text
+
+
+# ---- what is not text ----
+
+MIXED = {
+    "t/a.docx": b"PK\x03\x04\xff\xfe",
+    "t/b.txt": "café".encode("latin-1"),
+    "t/c.txt": "no mark".encode("utf-16-le"),
+    "t/d.txt": "fine",
+    "t/e.txt.gz": gzip.compress(b"packed")[:-9],
+    "t/f.jsonl": '{"body": "x", "n": 1}\n',
+    "t/g.json": "[1, 2",
+    "t/h.txt": "fine too",
+}
+
+
+def test_all_that_is_not_text_is_named_in_one_message(mistake):
+    write(MIXED)
+    says = mistake("t")
+    assert (
+        "6 of 8 files are not text: t/a.docx: byte 4 is not UTF-8, t/b.txt: byte 3 is not UTF-8, t/c.txt holds" in says
+    )
+    assert "t/e.txt.gz can't be read" in says
+    assert "t/f.jsonl has no column 'text' (there: body, n) and 1 more; " in says
+    for remedy in ("iconv -f LATIN1 -t UTF-8 OLD > NEW", "iconv -f UTF-16LE", "--column=NAME", "--skip=True"):
+        assert says.count(remedy) == 1
+    assert data.names() == []
+    one = mistake("t/b.txt", "t/d.txt")
+    assert one.startswith("prepare_text.py: t/b.txt: byte 3 is not UTF-8; iconv -f LATIN1 -t UTF-8 OLD > NEW")
+    assert "--skip=True" in one
+
+
+def test_skip_leaves_out_what_is_not_text_and_counts_it(prepare, mistake):
+    write(MIXED)
+    assert "left out 6 of 8 files, which are not text: t/a.docx: byte 4" in prepare("t", "--skip=True")
+    assert all_documents() == ["fine", "fine too"]
+    assert "none of these files is text" in mistake("t/a.docx", "t/b.txt", "--skip=True", "--overwrite=True")
+
+
+def test_a_separator_that_is_in_none_of_the_files_is_a_mistake(mistake):
+    write({"a.txt": "one <|END|> two", "b.csv": "text\none <|end|> two\n"})
+    assert "--separator='<|end|>' is in none of these files" in mistake("a.txt", "b.csv", "--separator=<|end|>")
+
+
+class FullDisk(io.FileIO):
+    def write(self, content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # Such an error does not name the file.
+
+
+@pytest.mark.parametrize("name", ["-", "a.jsonl"])
+def test_a_full_disk_under_the_temporary_files_is_one_line(mistake, monkeypatch, name):
+    write({"a.jsonl": '{"text": "one"}\n'})
+    real = open
+    monkeypatch.setattr(
+        text, "open", lambda path, mode: FullDisk(path, "w") if mode == "wb" else real(path, mode), raising=False
+    )
+    says = mistake(name, "--skip=True", stdin=b"one\ntwo\n")
+    assert says == "prepare_text.py: data/mine can't be written (No space left on device); make room for it"
+
+
+# ---- records ----
+
+RECORDS = ["one é", 'two\n\n"lines", of it\n', "12", "NA", "", "null", " six ", "2020-01-01 and more"]
+
+
+def record_files():
+    rows = [{"n": i, "text": text} for i, text in enumerate(RECORDS)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    quoted = "".join(f"{i}," + '"' + text.replace('"', '""') + '"\n' for i, text in enumerate(RECORDS))
+    return {
+        "a[1].jsonl": lines.encode(),
+        "a.json": json.dumps(rows, indent=1).encode(),
+        "a.csv": f"n,text\n{quoted}".encode(),
+        "a.parquet": parquet(RECORDS),
+    }
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", ["a[1].jsonl", "a.json", "a.csv", "a.parquet"])
+def test_a_record_is_a_document(prepare, name, packed):
+    content = record_files()[name]
+    write({name + ".gz" * packed: gzip.compress(content) if packed else content})
+    prepare(name + ".gz" * packed, "--val_fraction=0")
+    assert documents("train") == [text for text in RECORDS if text]
+    assert no_temporary_files()
+
+
+def test_records_and_text_may_be_mixed_and_the_column_named(prepare):
+    write({"a.csv": "body,text\none,x\ntwo,y\n", "b.txt": "three", "c.jsonl": '{"body": "four"}\n{"body": null}\n'})
+    prepare("a.csv", "b.txt", "c.jsonl", "--column=body", "--val_fraction=0")
+    assert documents("train") == ["one", "two", "three", "four"]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ('{"body": "x", "id": 1}\n', "a.jsonl has no column 'text' (there: body, id); --column=NAME takes another"),
+        ('{"text": 12, "body": "x"}\n', "its column 'text' holds int values and not text (there: text, body)"),
+        ('{"text": ["x"]}\n', "its column 'text' holds list values"),
+        ('{"text": "x"}\n{"text": \n', "a.jsonl can't be read as records of json (ArrowInvalid"),
+        ('{"text": null}\n', "these files hold nothing but empty records"),
+    ],
+)
+def test_records_that_hold_no_text_are_one_line(mistake, content, says):
+    write({"a.jsonl": content})
+    assert says in mistake("a.jsonl", "--val_fraction=0")
+    assert data.names() == []
+
+
+def start(endpoint, *args):
+    """The script as a process of its own, since the hub's libraries read HF_ENDPOINT when they are imported."""
+    env = os.environ | {"HF_ENDPOINT": endpoint, "HOME": os.getcwd(), "HF_HUB_DISABLE_TELEMETRY": "1"}
+    for name in ("HF_HOME", "XDG_CACHE_HOME"):
+        env.pop(name, None)
+    command = [sys.executable, str(ROOT / "prepare_text.py"), "--tokenizer=bytes", *args]
+    return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+
+
+def test_files_of_records_ask_no_hub_and_leave_no_cache():
+    write(record_files())
+    with Hub({}) as hub:
+        process = start(hub.url, "a[1].jsonl", "a.json", "a.csv", "a.parquet", "--dataset=mine")
+        _, err = process.communicate(timeout=120)
+        assert (process.returncode, hub.answers) == (0, []), err
+    assert len(all_documents()) == 4 * 7
+    assert not Path(".cache").exists()
+
+
+SOURCES = {"mine": "hub:own/er:c", "d": "hub:own/er:d", "no": "hub:own/er", "none": "hub:own/none"}
+
+
+def test_a_data_set_of_the_hub_is_streamed_with_its_own_splits(mistake):
+    write({"own/er/train.txt": "not this folder"})
+    rows = {"train": ["one\n", "", "two"], "validation": ["three", "four"], "test": ["five"], "more": ["six"]}
+    files = {f"c/{split}-0.parquet": parquet(texts, "body") for split, texts in rows.items()}
+    files["README.md"] = card({"c": ("c", rows), "d": ("c", ["train"])})
+    with Hub({"datasets/own/er": files}) as hub:
+        processes = {
+            name: start(hub.url, source, f"--dataset={name}", "--column=body") for name, source in SOURCES.items()
+        }
+        said = {name: process.communicate(timeout=120)[1] for name, process in processes.items()}
+        assert [process.returncode for process in processes.values()] == [0, 0, 2, 2], said
+    assert [documents(split) for split in data.SPLITS] == [["one\n", "two"], ["three", "four"], ["five"]]
+    assert sorted(data.Dataset("d").splits) == ["train", "val"]
+    # README.md alone is downloaded. The rest is read in parts, and the split that is not used is not read.
+    assert sorted(p.name for p in Path(".cache/huggingface").iterdir()) == ["hub"]
+    assert {p.name for p in Path(".cache").rglob("snapshots/*/*")} == {"README.md"}
+    assert "among the available configs: ['c', 'd']" in said["no"].splitlines()[-1]
+    assert "hub:own/none can't be had from the hub (DatasetNotFoundError" in said["none"].splitlines()[-1]
+    assert not any("Traceback" in err for err in said.values())
+    assert "hub:own: write hub:OWNER/NAME" in mistake("hub:own", "--overwrite=True")
+    assert no_temporary_files()
+
+
 # ---- what the dataset holds ----
 
 
@@ -149,7 +372,7 @@ def test_the_summary_says_what_was_made_and_how_to_train_on_it(prepare):
     write({"a.txt": "one\n" * 500, "b.txt": "two\n"})
     out = prepare("a.txt", "b.txt")
     assert "data/mine: tokenizer bytes, 257 ids" in out
-    assert out.splitlines()[-1] == "python train.py --dataset=mine"
+    assert out.splitlines()[-1] == "python train.py config/text_small.py --dataset=mine --out_dir=out/mine"
     for split, counts in json.loads(Path("data/mine/meta.json").read_text())["splits"].items():
         line = next(line for line in out.splitlines() if line.strip().startswith(split))
         assert all(f"{counts[k]:,} {k}" in line for k in data.COUNTS)
@@ -255,6 +478,87 @@ def test_a_val_fraction_of_0_makes_no_validation_split(prepare):
     prepare("a.txt", "b.txt", "--val_fraction=0", "--overwrite=True")
     assert documents("train") == ["one line alone", "two\n"]
     assert sorted(p.name for p in Path("data/mine").iterdir()) == ["meta.json", "train.bin"]
+
+
+def test_a_long_line_is_cut_at_white_space(prepare):
+    text = "anarchism originated as a term of abuse first used " * 60_000  # 3 MB, as text8 is written
+    write({"a.txt": text})
+    prepare("a.txt")
+    (train,), (val,) = documents("train"), documents("val")
+    assert train + val == text
+    assert val[0] == " " and not train[-1].isspace()
+    assert abs(len(val) - 0.01 * len(text)) < 12
+
+
+def test_a_short_first_line_does_not_give_the_rest_to_validation(prepare):
+    write({"a.txt": "title\n" + "word " * 10_000})
+    prepare("a.txt", "--val_fraction=0.1")
+    assert len(documents("val")[0]) == pytest.approx(5_000, abs=5)
+
+
+@pytest.mark.parametrize("newline", ["\n", " "])
+@pytest.mark.parametrize(("count", "fraction"), [(2, 0.01), (3, 0.1), (9, 0.05)])
+def test_where_whole_documents_miss_the_share_one_is_cut(prepare, count, fraction, newline):
+    texts = {f"{i}.txt": newline.join(f"word{i}" for _ in range(2_000)) for i in range(count)}
+    write(texts)
+    out = prepare(*texts, f"--val_fraction={fraction}")
+    (val,) = documents("val")
+    share = fraction * sum(map(len, texts.values()))
+    assert abs(len(val) - share) <= len("word0 ")
+    (cut,) = set(documents("train")) - set(texts.values())
+    assert sorted([text for text in documents("train") if text != cut] + [cut + val]) == sorted(texts.values())
+    assert f"the validation split is the last {len(val):,} bytes of a document of " in out
+
+
+def test_documents_that_meet_the_share_are_not_cut(prepare):
+    texts = {f"{i}.txt": "word\n" * 2_000 for i in range(10)}
+    write(texts)
+    assert "the validation split is" not in prepare(*texts, "--val_fraction=0.1")
+    assert documents("val") == ["word\n" * 2_000]
+
+
+# ---- what is said ----
+
+
+def test_endoftext_in_a_text_without_a_separator_is_said_once(prepare):
+    write({"a.txt": "one<|endoftext|>two\n" * 9, "b.txt": "<|endoftext|>\n" * 9, "c.csv": "text\na<|endoftext|>b\n"})
+    out = prepare("a.txt", "b.txt", "c.csv")
+    assert out.count("warning") == 1
+    assert "a.txt holds <|endoftext|>" in out and "--separator='<|endoftext|>'" in out
+    assert "warning" not in prepare("a.txt", "--separator=<|endoftext|>", "--overwrite=True", "--val_fraction=0")
+    assert "warning" not in prepare("c.csv", "--overwrite=True", "--val_fraction=0")
+
+
+def test_equal_documents_on_both_sides_are_counted(prepare):
+    write({f"t/{i}.txt": f"document {i % 10}\n" * 100 for i in range(20)})
+    out = prepare("t", "--val_fraction=0.2")
+    copies = sum(text in documents("train") for text in documents("val"))
+    assert copies > 0
+    assert f"warning: {copies} of {len(documents('val'))} documents of the val split are in the train split too" in out
+    write({f"u/{i}.txt": f"document {i}\n" * 100 for i in range(20)})
+    assert "warning" not in prepare("u", "--val_fraction=0.2", "--overwrite=True")
+
+
+@pytest.mark.parametrize(
+    ("size", "config"),
+    [
+        (999_999, "text_small"),
+        (1_000_000, "text_medium"),
+        (19_999_999, "text_medium"),
+        (20_000_000, "books"),
+    ],
+)
+def test_the_config_fits_the_bytes(size, config, capsys):
+    meta = {"tokenizer": "gpt2", "splits": {"train": {"bytes": size - 9}, "val": {"bytes": 9}}}
+    command = prepare_text.next_command("my notes", meta)
+    assert shlex.split(command) == [
+        *("python", "train.py", f"config/{config}.py", "--dataset=my notes", "--out_dir=out/my notes")
+    ]
+    assert ("--tokenizer=bytes" in capsys.readouterr().out) == (size < 1_000_000)
+    prepare_text.next_command("d", meta | {"tokenizer": "bytes"})
+    assert capsys.readouterr().out == ""
+    del meta["splits"]["val"]
+    assert prepare_text.next_command("d", meta).endswith(" --eval_interval=0")
 
 
 # ---- memory ----

@@ -1,7 +1,6 @@
 """prepare_wikitext103.py: the published counts of the real text, each source, and a hub that answers well and badly."""
 
 import functools
-import io
 import json
 import os
 import shutil
@@ -11,14 +10,12 @@ import zipfile
 from pathlib import Path
 
 import prepare_wikitext103 as wikitext103
-from lib import data, tokenizer
+from lib import data, tokenizer, wikitext
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, WIKITEXT, needs_wikitext
-from hub import Hub
+from hub import Hub, card, parquet
 
 REPO, FOLDER = "datasets/Salesforce/wikitext", "wikitext-103-raw-v1/"
 
@@ -34,14 +31,8 @@ def raw(rows):
     return "".join(row or " \n" for row in rows).encode()
 
 
-def parquet(rows):
-    buffer = io.BytesIO()
-    pq.write_table(pa.table({"text": rows}), buffer)
-    return buffer.getvalue()
-
-
 def counts(rows):
-    pages = [i for i, row in enumerate(rows) if wikitext103.is_title(row)]
+    pages = [i for i, row in enumerate(rows) if wikitext.is_title(row)]
     return {"lines": len(rows), "words": sum(len(r.split()) for r in rows), "documents": len(pages)}
 
 
@@ -109,17 +100,17 @@ def test_every_source_gives_the_same_tokens(prepared, kind, tmp_path):
     source = tmp_path / "source"
     source.mkdir()
     if kind == "folder":
-        for name in wikitext103.RAW.values():
+        for name in wikitext.RAW.values():
             (source / name).write_bytes(raw(ROWS))
     elif kind == "zip":
         source = tmp_path / "wikitext-103-raw-v1.zip"
         with zipfile.ZipFile(source, "w", zipfile.ZIP_DEFLATED) as archive:
-            for name in wikitext103.RAW.values():
+            for name in wikitext.RAW.values():
                 archive.writestr(f"wikitext-103-raw/{name}", raw(ROWS))
     else:
         inner = source / FOLDER if kind == "whole repository" else source
         inner.mkdir(exist_ok=True)
-        for hub in wikitext103.HUB.values():
+        for hub in wikitext.HUB.values():
             (inner / f"{hub}-00000-of-00002.parquet").write_bytes(parquet(ROWS[:5]))
             (inner / f"{hub}-00001-of-00002.parquet").write_bytes(parquet(ROWS[5:]))
         if kind == "whole repository":  # It holds another corpus too.
@@ -148,7 +139,7 @@ def test_a_differing_train_token_count_only_warns(prepared, tmp_path, monkeypatc
     published = {"train": facts | {"tokens": tokens + 1}, "val": facts, "test": facts}
     published |= dict.fromkeys(data.TOKEN_FILES[3:], {})
     monkeypatch.setattr(wikitext103, "PUBLISHED", published)
-    for name in wikitext103.RAW.values():
+    for name in wikitext.RAW.values():
         (tmp_path / name).write_bytes(raw(ROWS))
     status, out, _ = prepared(f"--source={tmp_path}")
     assert status == 0 and f"warning: train has {tokens:,} tokens" in out
@@ -190,33 +181,16 @@ def test_a_source_that_is_none_is_one_line(prepared, tmp_path, what):
     ],
 )
 def test_pages_are_detokenized_step_by_step(text, detokenized):
-    assert wikitext103.detokenize(text) == detokenized
+    assert wikitext.detokenize(text) == detokenized
 
 
 def test_a_title_is_what_the_harness_takes_for_one():
-    assert wikitext103.is_title(" = Valkyria Chronicles III = \n") and wikitext103.is_title(" = A = B = \n")
-    assert not any(
-        map(wikitext103.is_title, [" = = Plot = = \n", " = = = Deep = = = \n", "", " text = \n", " a = b \n"])
-    )
-
-
-README = f"""---
-configs:
-- config_name: wikitext-103-raw-v1
-  data_files:
-{
-    "".join(
-        f'''  - split: {split}
-    path: {FOLDER}{split}-*
-'''
-        for split in ("test", "train", "validation")
-    )
-}---
-"""
+    assert wikitext.is_title(" = Valkyria Chronicles III = \n") and wikitext.is_title(" = A = B = \n")
+    assert not any(map(wikitext.is_title, [" = = Plot = = \n", " = = = Deep = = = \n", "", " text = \n", " a = b \n"]))
 
 
 def hub_files():
-    files = {"README.md": README.encode()}
+    files = {"README.md": card({FOLDER[:-1]: (FOLDER[:-1], ["test", "train", "validation"])})}
     files[f"{FOLDER}train-00000-of-00002.parquet"] = parquet(ROWS[:7])
     files[f"{FOLDER}train-00001-of-00002.parquet"] = parquet(ROWS[7:])
     return files | {f"{FOLDER}{s}-00000-of-00001.parquet": parquet(ROWS) for s in ("test", "validation")}

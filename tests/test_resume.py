@@ -24,7 +24,8 @@ DATASET = SimpleNamespace(tokenizer_spec="bytes", vocab_size=257, checksums={"tr
 
 
 def settings_of(**more):
-    return train.Settings(**dict(out_dir="out/a", block_size=8, device="cpu", **SHAPE) | more)
+    run = dict(out_dir="out/a", block_size=8, batch_size=5, gradient_accumulation_steps=2, device="cpu", **SHAPE)
+    return train.Settings(**run | more)
 
 
 def optimizer_of(s, model, rt):
@@ -130,6 +131,21 @@ def a_moment(value):
     return change
 
 
+def a_moment_called(name, value):
+    """A change that sets this moment of the first parameter, which AdamW trains in either optimizer."""
+
+    def change(held):
+        moments = held["optimizer"]["state"][0]
+        moments[name] = value(moments[name])
+
+    return change
+
+
+def moments_shared(held):
+    moments = held["optimizer"]["state"][0]
+    moments["exp_avg_sq"] = moments["exp_avg"] = moments["exp_avg"].abs()
+
+
 KEYS = ("optimizer", "scaler", "sequence_index", "skipped_steps", "worse_evaluations", "row", "data_sha256")
 KEYS += ("wandb_run_id", "config", "tokenizer", "iter_num", "best_val_loss", "n_inner")
 SETTINGS = (*resume.MUST_AGREE, "batch_size", "gradient_accumulation_steps", "init_from")
@@ -152,8 +168,22 @@ NOT_GONE_ON_WITH = {
     "a layer more in the settings": (put("config", "n_layer", 2), "n_layer was 2 and is 1"),
     "another tokenizer": (put("tokenizer", "char:ab"), "the tokenizer was"),
     "a tokenizer of more ids": (put("tokenizer", "gpt2"), "the tokenizer was 'gpt2' and is 'bytes'"),
-    "a layer too many": (put("model_args", "n_layer", 2), "do not fit its model_args"),
-    "no n_head": (missing("model_args", "n_head"), "do not fit its model_args"),
+    # parts that contradict each other
+    "a layer too many": (put("model_args", "n_layer", 2), "its n_layer contradicts the rest of it"),
+    "heads of another number": (put("model_args", "n_head", 4), "its n_head contradicts the rest of it"),
+    "no n_head": (missing("model_args", "n_head"), "its n_head contradicts the rest of it"),
+    "other positions": (put("model_args", "block_size", 4), "its block_size contradicts the rest of it"),
+    "another width of the MLP": (put("n_inner", 7), "its n_inner contradicts the rest of it"),
+    "a place of another step": (put("sequence_index", 30), "its sequence_index contradicts the rest of it"),
+    "a step of another place": (put("iter_num", 1), "its sequence_index contradicts the rest of it"),
+    "more steps skipped than done": (put("skipped_steps", 3), "its skipped_steps contradicts the rest of it"),
+    "a best loss below 0": (put("best_val_loss", -5.0), "its best_val_loss is of another kind"),
+    "a best loss beyond a float": (put("best_val_loss", 10**400), "its best_val_loss is of another kind"),
+    "a best loss on no device": (
+        put("best_val_loss", torch.ones((), device="meta")),
+        "its best_val_loss is of another",
+    ),
+    "a weight on no device": (put("model", "lm_head.weight", torch.ones(257, 8, device="meta")), "its model is of"),
     # the optimizer
     "no param_groups": (missing("optimizer", "param_groups"), "its optimizer is none of torch's"),
     "no state": (missing("optimizer", "state"), "its optimizer is none of torch's"),
@@ -172,6 +202,15 @@ NOT_GONE_ON_WITH = {
     "a moment of whole numbers": (a_moment(torch.Tensor.long), "of another shape"),
     "a moment that is no tensor": (a_moment(lambda moment: 0.5), "of another shape"),
     "a moment that is not finite": (a_moment(lambda moment: moment * math.nan), "is not finite"),
+    "a moment of one element expanded": (a_moment(lambda moment: torch.zeros(1).expand(moment.shape)), "its numbers"),
+    "a sparse moment": (a_moment(torch.Tensor.to_sparse), "of another shape"),
+    "a moment of half precision": (a_moment(torch.Tensor.half), "of another shape"),
+    "a moment on no device": (a_moment(lambda moment: moment.to("meta")), "of another shape"),
+    "no moments after two steps": (put("optimizer", "state", {}), "has the moments of other parameters"),
+    "moments that share their memory": (moments_shared, "share their memory"),
+    "a step that was not done": (a_moment_called("step", lambda step: step + 7), "that no training gives"),
+    "a step below 0 of a moment": (a_moment_called("step", torch.neg), "that no training gives"),
+    "squares below 0": (a_moment_called("exp_avg_sq", lambda squares: squares - 1), "that no training gives"),
     "a step of several numbers": (put("optimizer", "state", 0, "step", torch.ones(3)), "of another shape"),
 }
 
@@ -203,7 +242,7 @@ def test_what_the_settings_decide_is_not_taken_from_a_file(whole):
 def test_a_run_without_a_step_has_no_moments_yet(whole):
     held = copy.deepcopy(whole)
     held["optimizer"]["state"] = {}
-    save(held)
+    save(held | {"iter_num": 0, "sequence_index": 0})
     _, _, optimizer = begin(settings_of(optimizer=whole["config"]["optimizer"]))
     assert optimizer.state_dict()["state"] == {}
 

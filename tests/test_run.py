@@ -1,6 +1,7 @@
 """lib/run.py on a model of three numbers: what is on the disk after all that a loop tells, and after each fault."""
 
 import errno
+import fcntl
 import json
 import math
 import os
@@ -31,6 +32,9 @@ class Three(torch.nn.Module):
         super().__init__()
         self.numbers = torch.nn.Parameter(torch.zeros(3))
 
+    def num_params(self):
+        return 3
+
 
 class Loop:
     """What train.py's loop does with a Run, without the training. `losses` are those of the evaluations to come."""
@@ -40,7 +44,8 @@ class Loop:
         self.rt, self.writer, self.losses = runtime.choose("cpu"), checkpoint.Writer(), list(losses)
         self.model, start = Three(), start or resume.Start()
         optimizer, scaler = torch.optim.AdamW(self.model.parameters()), torch.amp.GradScaler("cpu", enabled=False)
-        dataset = SimpleNamespace(tokenizer_spec="bytes", checksums={"train": "0" * 64})
+        dataset = SimpleNamespace(name="tiny", tokenizer_spec="bytes", checksums={"train": "0" * 64})
+        dataset.tokens = "ids of the train split".split
         self.run = Run(self.s, self.rt, self.writer, start, self.model, optimizer, scaler, dataset)
         self.state = start.state
         self.model.numbers.data.fill_(self.state.step)
@@ -385,6 +390,90 @@ def test_a_disk_that_is_full_at_a_resume(monkeypatch):
 def test_an_out_dir_that_can_t_be_is_one_line(name):
     Path("afile").write_text("")
     assert "can't be written" in refusal(Loop, out_dir=name)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="this system has no /proc")
+def test_a_folder_that_is_replaced_while_a_write_goes_on_gets_nothing_of_it(monkeypatch):
+    loop, save = Loop(eval_interval=0).go(1), checkpoint.save
+
+    def replace_meanwhile(path, content, links=()):
+        os.rename("out/a", "out/b")
+        Path("out/a").mkdir()
+        Path("out/a/ckpt.pt").write_text("of another run")
+        save(path, content, links)
+
+    monkeypatch.setattr(checkpoint, "save", replace_meanwhile)
+    assert "of step 1, is where that folder was moved to" in refusal(loop.run.finish, interrupted=True)
+    assert {path.name: path.read_text() for path in Path("out/a").iterdir()} == {"ckpt.pt": "of another run"}
+    assert on_disk("out/b") == {"ckpt.pt": 1}
+
+
+def test_a_folder_that_is_gone_when_a_write_begins_is_said_as_such(monkeypatch):
+    loop = Loop(eval_interval=0).go(1)
+
+    def fail_since_it_is_gone(path, content, links=()):
+        os.rename("out/a", "out/b")
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr(checkpoint, "save", fail_since_it_is_gone)
+    assert "out/a is no longer the folder that this run has locked" in refusal(loop.run.finish, interrupted=True)
+
+
+def test_a_lock_file_that_somebody_removed_is_made_again():
+    loop = Loop(eval_interval=0).go(1)
+    Path("out/a/.lock").unlink()
+    loop.go(1)
+    assert "another process trains in out/a" in refusal(Loop, start=go_on())
+    Path("out/a/.lock").unlink()
+    with open("out/a/.lock", "w") as another:
+        fcntl.flock(another, fcntl.LOCK_EX)
+        loop.step()
+        assert "another process trains in out/a" in refusal(loop.run.finish, interrupted=True)
+
+
+def test_files_on_a_larger_disk_stay_there():
+    Path("disk").mkdir()
+    Path("out/a").mkdir(parents=True)
+    Path("out/a/best.pt").symlink_to("../../disk/best.pt")
+    loop = Loop(5.0, 4.0, overwrite=False)
+    loop.go(1)
+    assert Path("out/a/best.pt").is_symlink() and on_disk("disk") == {"best.pt": 1}
+
+
+def test_a_folder_in_the_place_of_final_weights_is_one_line():
+    loop = Loop(eval_interval=0).go(1)
+    Path("out/a/final.pt").mkdir()
+    assert "final.pt is not written: mend what is wrong in out/a" in refusal(loop.run.finish, interrupted=False)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EROFS])
+def test_room_is_asked_for_only_where_it_helps(monkeypatch, number):
+    loop = Loop(eval_interval=0).go(1)
+
+    def fail(path, content, links=()):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(checkpoint, "save", fail)
+    assert ("make room" in refusal(loop.run.finish, interrupted=True)) == (number == errno.ENOSPC)
+
+
+def test_a_temporary_name_that_is_a_link_leads_nowhere():
+    Path("book.txt").write_text("kept")
+    Path("out/a").mkdir(parents=True)
+    loop = Loop(eval_interval=0)
+    for name in ("ckpt.pt", "run.json", "ckpt_iter_1.pt"):
+        Path("out/a", f"{name}.partial").symlink_to("../../book.txt")
+    loop.boundary(["ckpt_iter_1.pt"])
+    assert Path("book.txt").read_text() == "kept" and on_disk() == {"ckpt.pt": 0, "ckpt_iter_1.pt": 0}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_metrics_file_that_becomes_a_pipe_without_a_reader_ends_no_run(capsys):
+    loop = Loop(eval_interval=0).go(1)
+    Path("out/a/metrics.jsonl").unlink()
+    os.mkfifo("out/a/metrics.jsonl")
+    loop.go(1)
+    assert "metrics.jsonl could not be written" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("fate", ["removed", "renamed", "replaced"])

@@ -346,6 +346,23 @@ def test_no_model_a_broken_one_and_no_device_are_mistakes(mistake):
     assert "damaged" in mistake()
 
 
+@pytest.mark.parametrize(
+    ("args", "write"),
+    [
+        (["Once upon"], "--start='Once upon'"),
+        (["k=v text"], "--start='k=v text'"),
+        (["- x = 3"], "--start='- x = 3'"),
+        (["it's"], "--start='it'\"'\"'s'"),
+        (["--start", "Once upon"], "--start='Once upon'"),
+        (["\N{EM DASH}start", "Once upon"], "--start='Once upon'"),
+        (["start=Once upon"], "--start='Once upon'"),
+        (["seed = 3"], "--seed=3"),
+    ],
+)
+def test_a_prompt_without_its_setting_is_told_how_to_write_it(mistake, args, write):
+    assert mistake(*args).endswith(f"write {write}\n")
+
+
 def test_prompts_are_read_as_they_stand():
     """Only a prompt that begins with FILE: or is - names something to read."""
     for prompt in ("", "--", "- a", "a FILE:b", "file:x"):

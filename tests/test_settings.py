@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 import eval
+import export
 import sample
 import train
 from lib import settings
@@ -227,6 +228,9 @@ def test_values_in_a_file_serve_their_type(write, line, value):
         ("decay_lr = 'True'", "True or False"),
         ("out_dir = 3", "text in quotes"),
         ("out_dir = None", "text in quotes"),
+        (r"out_dir = 'a\0b'", "text, and this has a NUL or is not UTF-8 at character 1"),
+        (r"out_dir = '\ud800'", "text, and this has a NUL or is not UTF-8 at character 0"),
+        (r"wandb_tags = 'a', 'b\0'", "text, and this has a NUL or is not UTF-8 at character 1"),
         ("wandb_tags = 3", "a list, written a,b"),
         ("wandb_tags = ['a', 3]", "text in quotes"),
         ("compile = 1", "one of auto, True, False"),
@@ -239,6 +243,14 @@ def test_a_value_of_another_type_in_a_file_is_refused_and_its_line_named(write, 
     key, said = line.split()[0], mistake([path])
     assert said.startswith(f"{path}:3: {key} = ")
     assert said.endswith(f": {key} takes {wanted}")
+
+
+def test_text_that_the_system_takes_in_a_name_is_taken(write):
+    """Even a byte that is not UTF-8, which Python keeps as a surrogate."""
+    name = "a\n\t\x1b é 漢 \udcff\udc80"
+    assert settings.load(Example, [f"--out_dir={name}"]).out_dir == name
+    assert settings.load(Example, [write(f"out_dir = {ascii(name)}")]).out_dir == name
+    assert "has a NUL" in mistake(["--out_dir=a\0"])
 
 
 KEYS = st.sampled_from([f.name for f in fields(Example)])
@@ -319,6 +331,43 @@ def test_an_unknown_key_on_the_command_line_names_the_argument_and_the_nearest_k
     assert f"the nearest is {near}" in said
 
 
+@pytest.mark.parametrize(
+    ("script", "arg", "ours"),
+    [
+        (train, "--lr=3e-4", "learning_rate"),
+        (train, "--LR=3e-4", "learning_rate"),
+        (train, "--lr", "learning_rate"),
+        (train, "--epochs=3", "max_epochs"),
+        (train, "--steps=3", "max_iters"),
+        (train, "--max-steps=3", "max_iters"),
+        (train, "--seq-len=3", "block_size"),
+        (train, "--output_dir=x", "out_dir"),
+        (train, "--data=x", "dataset"),
+        (train, "--hidden_size=3", "n_embd"),
+        (train, "--batch=3", "batch_size"),
+        (sample, "--prompt=x", "start"),
+        (sample, "--prompt", "start"),
+        (sample, "--model=gpt2", "init_from"),
+        (sample, "--max_tokens=3", "max_new_tokens"),
+        (export, "--output_dir=x", "hf_dir"),
+    ],
+)
+def test_what_other_programs_call_a_setting_names_ours(script, arg, ours):
+    said = str(pytest.raises(UserError, settings.load, script.Settings, [arg]).value)
+    assert f"unknown setting '{arg[2:].partition('=')[0].replace('-', '_')}', " in said and f" is {ours!r}" in said
+
+
+def test_other_names_are_of_settings_and_are_none_themselves():
+    keys = {f.name for script in (train, eval, sample, export) for f in fields(script.Settings)}
+    assert set(settings.OTHER_NAMES) <= keys
+    assert not {other for others in settings.OTHER_NAMES.values() for other in others.split()} & keys
+    assert "which" not in mistake(["--prompt=3"])  # Example has no `start`.
+
+
+def test_a_config_file_with_another_program_s_name_of_a_setting_names_ours(write):
+    assert "unknown setting 'lr', which is 'learning_rate' here" in mistake([write("lr = 3")])
+
+
 @pytest.mark.parametrize("arg", ["--", "--=", "--=3", "--qqqqqqqq=1", "--__init__=3", "--qqqqqqqq"])
 def test_a_key_that_is_like_no_other_is_refused_without_a_guess(arg):
     said = mistake([arg])
@@ -390,6 +439,45 @@ def test_a_setting_without_its_two_hyphens_is_told_apart_from_a_missing_file(das
     assert mistake([f"{dashes}batch_size=32"]).endswith("write --batch_size=32")
 
 
+@pytest.mark.parametrize("dashes", ["-", "\N{EN DASH}", "\N{EM DASH}", "\N{EM DASH}\N{EM DASH}", "\N{MINUS SIGN}"])
+@pytest.mark.parametrize(
+    ("argv", "example"),
+    [
+        (["batch_size", "8"], "--batch_size=8"),
+        (["batch-size", "8"], "--batch_size=8"),
+        (["batch_sise", "8"], "--batch_size=8"),
+        (["lr", "3e-4"], "--learning_rate=3e-4"),
+        (["batch_size"], "--batch_size=VALUE"),
+        (["decay_lr"], "--decay_lr=True"),
+        (["decay_lr", "False"], "--decay_lr=False"),
+        (["out_dir=my runs"], "--out_dir='my runs'"),
+        (["out_dir", "my runs"], "--out_dir='my runs'"),
+    ],
+)
+@pytest.mark.parametrize("positional", ["", "wandb_tags"])
+def test_a_key_with_wrong_dashes_is_a_setting_and_no_file(dashes, argv, example, positional):
+    argv = [dashes + argv[0], *argv[1:]]
+    assert mistake(argv, positional=positional).endswith(f"settings begin with two dashes, write {example}")
+
+
+@pytest.mark.parametrize("arg", ["---batch_size=3", "--\N{EM DASH}batch_size=3"])
+def test_a_setting_with_too_many_dashes_is_told_how_to_write_it(arg):
+    assert mistake([arg]).endswith("write --batch_size=3")
+
+
+def test_a_file_whose_name_begins_with_a_dash_is_a_file(write, tmp_path, monkeypatch):
+    write("batch_size = 3\n", "-run.py")
+    monkeypatch.chdir(tmp_path)
+    assert settings.load(Example, ["-run.py"]).batch_size == 3
+    assert settings.load(Example, ["-x.txt", "-"], positional="wandb_tags").wandb_tags == ("-x.txt", "-")
+    assert mistake(["-x.py"]).startswith("-x.py: no such config file")
+
+
+@pytest.mark.parametrize("arg", ["qqqq=3", "-qqqq=3", "\N{EM DASH}qqqq=3"])
+def test_a_setting_that_does_not_exist_is_not_told_to_take_dashes(arg):
+    assert mistake([arg]) == f"{arg}: unknown setting 'qqqq'; --help lists them all"
+
+
 def test_an_editor_s_dash_is_found_among_positional_arguments_too():
     assert mistake(["a.txt", "\N{EM DASH}batch_size=3"], positional="wandb_tags").endswith("write --batch_size=3")
 
@@ -403,6 +491,19 @@ def test_an_editor_s_dash_is_found_among_positional_arguments_too():
         (["--learning_rate", "1e-3", "--batch_size=3"], "--learning_rate=1e-3"),
         (["--batch_size", "--decay_lr=True"], "--batch_size=VALUE"),
         (["--decay_lr"], "--decay_lr=True"),
+        (["--decay_lr", "False"], "--decay_lr=False"),
+        (["--decay_lr", "true"], "--decay_lr=true"),
+        (["--decay_lr", "run.py"], "--decay_lr=True"),
+        (["--compile", "False"], "--compile=False"),
+        (["--batch_size", "run.py"], "--batch_size=VALUE"),  # `--batch_size=run.py` would be refused in its turn.
+        (["--batch_size", "=32"], "--batch_size=32"),
+        (["--batch_size", "=", "32"], "--batch_size=32"),
+        (["--out_dir", "my runs"], "--out_dir='my runs'"),
+        (["--out_dir", "a;b"], "--out_dir='a;b'"),
+        (["--out_dir", "it's"], "--out_dir='it'\"'\"'s'"),
+        (["--out_dir", ""], "--out_dir=VALUE"),
+        (["--out_dir", "a\nb"], "--out_dir=VALUE"),  # One line can't show it, nor two blanks.
+        (["--out_dir", "a  b"], "--out_dir=VALUE"),
     ],
 )
 def test_a_key_without_a_value_is_told_how_to_write_it(argv, example):
@@ -626,6 +727,26 @@ def test_a_full_disk_under_the_output_is_no_mistake(script, monkeypatch, unbuffe
     with open("/dev/full", "w") as full, script("--says=True", "--fail=user", stdout=full) as process:
         assert process.communicate(timeout=60)[1] == "script.py: two lines\n"
     assert process.returncode == 2
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("place", ["full disk", "reader that has left"])
+def test_help_that_can_t_be_printed_is_no_mistake(script, tmp_path, monkeypatch, unbuffered, place):
+    """The help is longer than the buffer of a stream."""
+    path = tmp_path / "script.py"
+    path.write_text(path.read_text().replace("A script.", "A script.\n" * 2000))
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    if place == "full disk":
+        if not Path("/dev/full").exists():
+            pytest.skip("this system has no /dev/full")
+        writer = os.open("/dev/full", os.O_WRONLY)
+    else:
+        reader, writer = os.pipe()
+        os.close(reader)
+    with script("--help", stdout=writer) as process:
+        os.close(writer)
+        assert process.communicate(timeout=60)[1] == ""
+    assert process.returncode == 0
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])

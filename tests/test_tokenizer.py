@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 import json
+import os
 import pickle
 import socket
 from pathlib import Path
@@ -160,6 +161,14 @@ def test_a_broken_meta_pkl_is_refused(tmp_path):
     for size in range(len(whole)):
         (tmp_path / "meta.pkl").write_bytes(whole[:size])
         refusal(tokenizer.read_meta_pkl, tmp_path / "meta.pkl")
+
+
+@pytest.mark.parametrize("kind", [lambda path: path.symlink_to("/nowhere"), os.mkfifo, Path.mkdir])
+def test_a_meta_pkl_that_is_no_file_is_not_taken_for_none(tmp_path, kind):
+    (tmp_path / "n").mkdir()
+    assert tokenizer.nanogpt_spec("n", root=tmp_path) == "gpt2"
+    kind(tmp_path / "n" / "meta.pkl")
+    assert "meta.pkl is a link that leads nowhere" in refusal(tokenizer.nanogpt_spec, "n", root=tmp_path)
 
 
 @pytest.mark.parametrize(("dataset", "ids"), [("n", 3), ("n", 2), ("other", 50257), ("other", 50304), ("other", 50256)])

@@ -128,7 +128,7 @@ def test_the_loss_falls_and_every_step_is_logged(train):
     assert found[0]["val_loss"] == pytest.approx(math.log(257), abs=0.2)
     assert found[40]["val_loss"] < found[20]["val_loss"] < found[0]["val_loss"] - 1
     assert all(r["tokens"] == r["step"] * 4 * 2 * 16 for r in found)
-    assert out.count("tokens/s") == 40
+    assert sum(line.startswith("step") and "tokens/s" in line for line in out.splitlines()) == 40
 
 
 def test_the_validation_loss_is_the_stream_protocol_s(train, script):
@@ -149,6 +149,55 @@ def test_eval_iters_scores_so_many_batches_always_the_same(train, monkeypatch):
     monkeypatch.setattr(data, "window_batch", watched)
     train("--out_dir=out/a", "--eval_iters=3", "--eval_interval=6")
     assert len(seen) == 9 and seen[:3] == seen[3:6] == seen[6:] and len(set(seen)) == 3
+
+
+def test_the_norm_of_the_weights_is_that_before_the_step(train):
+    train("--out_dir=out/a", "--save_interval=1", "--eval_interval=0")
+    for row in rows("out/a")[1:]:
+        before = checkpoint.load(f"out/a/ckpt_iter_{row['step'] - 1}.pt")["model"]
+        del before["lm_head.weight"]  # It is wte.weight.
+        assert row["weight_norm"] == pytest.approx(torch.cat([p.flatten() for p in before.values()]).norm().item())
+
+
+def test_run_json_says_what_a_run_was(train):
+    train("--out_dir=out/a", "--max_iters=8")
+    first = json.loads(Path("out/a/run.json").read_text())
+    out = train("--out_dir=out/a")[1]
+    run, found = json.loads(Path("out/a/run.json").read_text()), rows("out/a")
+    assert run["settings"] == checkpoint.load("out/a/ckpt.pt")["config"] | {"wandb_tags": []}
+    assert run["command"][0] == "train.py" and run["command"][-1] == "--out_dir=out/a"
+    assert run["data"]["tokens"] == len(data.Dataset("tiny").tokens("train"))
+    assert (run["step"], run["tokens"], run["parameters"]) == (12, 12 * 128, GPTConfig(257, 257, 2, 2, 16).num_params())
+    losses = [row["val_loss"] for row in found if "val_loss" in row]
+    assert (run["best_val_loss"], run["final_val_loss"]) == (min(losses), losses[-1])
+    assert run["final_loss"] == found[-1]["loss"]
+    assert run["seconds"] == pytest.approx(sum(128 / row["tokens_per_sec"] for row in found[1:]))
+    assert run["seconds"] > first["seconds"] and run["started"] <= run["ended"] and run["peak_memory"] > 1e8
+    assert f"val loss {losses[-1]:.4f}, the best {min(losses):.4f}" in out.splitlines()[-2]
+
+
+def test_a_run_that_is_killed_has_its_settings_in_run_json(train, monkeypatch):
+    def killed(*args):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(train_py.GPT, "forward", killed)
+    with pytest.raises(ZeroDivisionError):
+        train("--out_dir=out/a")
+    run = json.loads(Path("out/a/run.json").read_text())
+    assert run["settings"]["n_layer"] == 2 and run["ended"] is None
+
+
+def test_samples_while_it_learns_change_no_bit_of_the_run(train):
+    train("--out_dir=out/a", "--eval_interval=6")
+    out = train("--out_dir=out/b", "--eval_interval=6", "--sample_tokens=20")[1]
+    assert same_final_weights("out/a", "out/b") and without_speed(rows("out/a")) == without_speed(rows("out/b"))
+    beginning = bytes(data.Dataset("tiny").text_ids("val")[:16].astype("u1")).decode()
+    parts = Path("out/b/samples.txt").read_text(errors="replace").split("---- step ")[1:]
+    assert [part.partition(" ----\n")[0] for part in parts] == ["0", "6", "12"]
+    for part in parts:
+        text = part.partition("\n")[2]
+        assert text.startswith(beginning + "|") and len(text) > len(beginning) + 5 and text.strip() in out
+    assert not Path("out/a/samples.txt").exists()
 
 
 @pytest.mark.parametrize(("compiled", "optimizer"), [("False", "adamw"), ("True", "adamw"), ("False", "muon")])

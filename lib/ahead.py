@@ -1,0 +1,63 @@
+"""What is ahead of a run, said before it begins: settings that do not fit each other, memory and time."""
+
+import time
+
+from lib.clock import duration
+
+LONG_RUN = 3 * 86_400  # seconds from which a run is worth a warning
+
+
+def smaller_batch(s):
+    """What to do where memory is short: the settings that train the same in less, if there are any."""
+    divisor = next((d for d in range(2, min(s.batch_size, 1000) + 1) if s.batch_size % d == 0), 0)
+    if not divisor:
+        other = "a smaller block_size or model" if s.recompute else "--recompute=True, or a smaller block_size or model"
+        return f" with batch_size={s.batch_size}; no batch is smaller, so take {other}"
+    accumulation = s.gradient_accumulation_steps * divisor
+    same = f"--batch_size={s.batch_size // divisor} --gradient_accumulation_steps={accumulation}"
+    return f" with batch_size={s.batch_size}; {same} trains the same in less"
+
+
+def warnings(s, max_iters, steps_per_epoch):
+    """Lines on settings that are likely a slip. Each names a remedy."""
+    lines = []
+    if steps_per_epoch < 1:
+        lines.append(
+            f"a step reads more than the whole train split, {1 / steps_per_epoch:,.1f} times it; a smaller "
+            "gradient_accumulation_steps, batch_size or block_size learns more from it"
+        )
+    elif max_iters / steps_per_epoch > 100:
+        lines.append(
+            f"the run reads the train split {max_iters / steps_per_epoch:,.0f} times; --max_epochs=10 is a usual "
+            "length, and --patience=5 ends a run that gets no better"
+        )
+    if max_iters and s.warmup_iters >= max_iters:
+        lines.append(
+            f"the warm-up of {s.warmup_iters:,} steps is no shorter than the run of {max_iters:,}, so that the rate "
+            f"does not reach learning_rate; --warmup_iters={max_iters // 20}"
+        )
+    return [f"warning: {line}" for line in lines]
+
+
+def estimate(trained, batches, accumulation, max_iters, steps_per_epoch, rt, limit=10.0):
+    """A line on the time of a step, an epoch and the whole. Weights do not change, gradients are dropped.
+
+    A step is measured by its micro-batches: by all of them, or by those that fit into `limit` seconds, at least one.
+    One more goes first and warms up.
+    """
+    seconds, began = [], time.perf_counter()
+    while len(seconds) < 2 or len(seconds) <= accumulation and time.perf_counter() - began < limit:
+        start = time.perf_counter()
+        _, x, y = next(batches)
+        with rt.autocast():
+            _, loss = trained(x, y)
+        loss.backward()
+        loss.item()  # This waits for the device.
+        seconds.append(time.perf_counter() - start)
+    trained.zero_grad(set_to_none=True)
+    step = accumulation * sum(seconds[1:]) / (len(seconds) - 1)
+    line = f"a step takes about {duration(step)}, an epoch {duration(step * steps_per_epoch)}"
+    line += f", the whole {duration(step * max_iters)} without evaluations" if max_iters else ""
+    if step * max_iters > LONG_RUN:
+        line += "; a GPU, a smaller model or a smaller --max_iters makes that shorter"
+    return line

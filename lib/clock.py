@@ -1,0 +1,65 @@
+"""The time of a training: of its steps, of what is left, and how far a long step or evaluation is."""
+
+import statistics
+import sys
+import time
+from collections import deque
+
+from lib import settings
+
+QUIET = 60.0  # seconds after which a step or an evaluation that goes on says how far it is, in a log file
+QUIET_ON_TERMINAL = 3.0  # the same on a terminal, where it is a bar
+
+
+def duration(seconds):
+    """A time as people say it."""
+    for unit, size in (("days", 86_400), ("hours", 3_600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds:,.2g} seconds" if seconds < 10 else f"{seconds:,.0f} seconds"
+
+
+class Clock:
+    """Times the steps, without evaluations and saving. Of several processes only the first one speaks."""
+
+    def __init__(self, rt):
+        self.rt, self.is_terminal = rt, bool(sys.stderr) and sys.stderr.isatty()
+        self.step_seconds = []  # of the steps since the last line of the log
+        self.mean_seconds = deque(maxlen=20)  # of a step, at the last lines of the log
+        self.has_spoken = False  # whether the time of the whole was said
+        self.part_began = self.said = 0.0  # when the step or the evaluation began, and last said how far it is
+
+    def begin_step(self):
+        self.began = time.perf_counter()
+
+    def end_step(self, steps_left):
+        """Note the time of a step. After the first one, say what the whole takes if that is long."""
+        self.step_seconds.append(time.perf_counter() - self.began)
+        seconds = self.step_seconds[-1] * steps_left
+        if not self.has_spoken and seconds > QUIET:
+            self.rt.say(f"the first step took {duration(self.step_seconds[-1])}, all take about {duration(seconds)}")
+        self.has_spoken = True
+
+    def lap(self):
+        """The mean seconds of a step since the last lap."""
+        self.mean_seconds.append(statistics.mean(self.step_seconds))
+        self.step_seconds.clear()
+        return self.mean_seconds[-1]
+
+    def left(self, steps):
+        """Seconds that so many steps will take."""
+        return statistics.median(self.mean_seconds) * steps
+
+    def at(self, what, done, count):
+        """Say how far `what` is, of which `done` of `count` parts are done, if it takes long. 0 begins it."""
+        now = time.monotonic()
+        if done == 0:
+            self.part_began = self.said = now
+        if self.rt.rank or now - self.part_began < (QUIET_ON_TERMINAL if self.is_terminal else QUIET):
+            return
+        if self.is_terminal:
+            bar = f"\r{what} [{'#' * round(20 * done / count):20}] {done} of {count} "
+            settings.say(bar if done < count else "\r" + " " * len(bar) + "\r", file=sys.stderr, end="")
+        elif now - self.said >= QUIET and done < count:
+            self.said = now
+            settings.say(f"{what} {done} of {count}", file=sys.stderr)

@@ -1,0 +1,121 @@
+"""run.json: what a run was. Everything in it is for people and for plot.py; no program goes on from it."""
+
+import json
+import platform
+import subprocess
+import sys
+from contextlib import suppress
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+
+def beginning(s, rt, dataset, model):
+    """What is known of a run when it begins, or when a command goes on with it: a dict for run.json."""
+    versions = {name: version(name) for name in ("torch", "numpy", "tiktoken")} | {"python": platform.python_version()}
+    return {
+        "command": sys.argv,
+        "settings": asdict(s),
+        "versions": versions,
+        "commit": commit(),
+        "machine": {"device": device_name(rt), "system": platform.platform(), "processes": rt.world_size},
+        "data": {
+            "dataset": dataset.name,
+            "sha256": dataset.checksums["train"],
+            "tokens": len(dataset.tokens("train")),
+        },
+        "parameters": model.num_params(),
+        "started": now(),
+        "ended": None,
+    }
+
+
+def outcome(rows, state, rt):
+    """What a run has come to, by its State and the rows of metrics.jsonl: a dict for run.json.
+
+    seconds is the time of the training steps, without evaluations and saving.
+    """
+    rates = [(row["tokens"], row["tokens_per_sec"]) for row in rows if row.get("tokens_per_sec")]
+    before = [0, *(tokens for tokens, _ in rates)]
+    seconds = sum((tokens - last) / rate for last, (tokens, rate) in zip(before, rates, strict=False))
+    trained = rates[-1][0] if rates else 0
+
+    def last(key):
+        return next((row[key] for row in reversed(rows) if row.get(key) is not None), None)
+
+    losses = [row["val_loss"] for row in rows if row.get("val_loss") is not None]
+    return {
+        "step": state.step,
+        "tokens": last("tokens"),
+        "seconds": seconds,
+        "tokens_per_sec": trained / seconds if seconds else None,
+        "peak_memory": peak_memory(rt),
+        "best_val_loss": min(losses, default=None),
+        "final_val_loss": last("val_loss"),
+        "final_loss": last("loss"),
+        "ended": now(),
+    }
+
+
+def summary(found):
+    """The few figures of an outcome that one looks for first, as a line."""
+    hours, rest = divmod(round(found["seconds"]), 3600)
+    parts = [f"{hours}:{rest // 60:02}:{rest % 60:02} of training"]
+    parts += [f"{found['tokens_per_sec']:,.0f} tokens/s"] if found["tokens_per_sec"] else []
+    parts += [f"{found['peak_memory'] / 1e9:.2f} GB"] if found["peak_memory"] else []
+    parts += [f"loss {found['final_loss']:.4f}"] if found["final_loss"] is not None else []
+    if found["final_val_loss"] is not None:
+        parts += [f"val loss {found['final_val_loss']:.4f}, the best {found['best_val_loss']:.4f}"]
+    return " | ".join(parts)
+
+
+def read_rows(path):
+    """The rows of a metrics.jsonl that are whole; none where there is no file."""
+    rows = []
+    with suppress(OSError):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with suppress(ValueError, RecursionError):
+                row = json.loads(line)
+                rows += [row] if isinstance(row, dict) else []
+    return rows
+
+
+def now():
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def commit():
+    """The commit of these sources, with a + where they were changed since; None outside a git checkout."""
+    with suppress(OSError, subprocess.SubprocessError):
+        command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        return done.stdout.strip() or None
+    return None
+
+
+def device_name(rt):
+    """The name of the GPU, or of the processor where the system tells it."""
+    if rt.device.type == "cuda":
+        return torch.cuda.get_device_name(rt.device)
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def peak_memory(rt):
+    """The most memory that this command has taken, in bytes, of the GPU if it used one. None where it is not known."""
+    if rt.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(rt.device)
+    with suppress(ImportError):
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+    return None

@@ -1,0 +1,152 @@
+"""lib/ahead.py and lib/clock.py: what a training says of what is ahead, and of how far it is."""
+
+import io
+import sys
+from pathlib import Path
+
+import train as train_py
+from lib import ahead, clock, runtime
+
+import pytest
+from conftest import rows
+
+
+class Time:
+    """A clock of the tests' own, in seconds."""
+
+    def __init__(self, monkeypatch):
+        self.now = 1000.0
+        monkeypatch.setattr(clock.time, "perf_counter", self.read)
+        monkeypatch.setattr(clock.time, "monotonic", self.read)
+
+    def read(self):
+        return self.now
+
+
+@pytest.fixture
+def time(monkeypatch):
+    return Time(monkeypatch)
+
+
+def settings_of(**more):
+    return train_py.Settings(**dict(warmup_iters=10) | more)
+
+
+@pytest.mark.parametrize(
+    ("more", "max_iters", "steps_per_epoch", "says"),
+    [
+        ({}, 1000, 100, []),
+        ({}, 1000, 0.25, ["a step reads more than the whole train split, 4.0 times it"]),
+        ({}, 1000, 9, ["the run reads the train split 111 times"]),
+        ({"warmup_iters": 2000}, 200, 100, ["--warmup_iters=10"]),
+        ({"warmup_iters": 2000}, 2000, 100, ["--warmup_iters=100"]),
+        ({"warmup_iters": 2000}, 2001, 100, []),
+        ({"warmup_iters": 2000}, 0, 100, []),  # of a length that is not known
+    ],
+)
+def test_settings_that_do_not_fit_each_other_are_warned_of(more, max_iters, steps_per_epoch, says):
+    lines = ahead.warnings(settings_of(**more), max_iters, steps_per_epoch)
+    assert len(lines) == len(says)
+    for line, part in zip(lines, says, strict=True):
+        assert line.startswith("warning: ") and part in line
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        (0.0123, "0.012 seconds"),
+        (5, "5 seconds"),
+        (90, "90 seconds"),
+        (600, "10.0 minutes"),
+        (9000, "2.5 hours"),
+        (864000, "10.0 days"),
+    ],
+)
+def test_a_duration_is_said_as_people_say_it(seconds, said):
+    assert clock.duration(seconds) == said
+
+
+def test_the_first_step_says_how_long_all_take_if_that_is_long(time, capsys):
+    watch = clock.Clock(runtime.choose("cpu"))
+    for seconds in (30.0, 20.0):
+        watch.begin_step()
+        time.now += seconds
+        watch.end_step(steps_left=999)
+    assert capsys.readouterr().out == "the first step took 30 seconds, all take about 8.3 hours\n"
+    assert watch.lap() == 25.0 and watch.left(10) == 250.0
+    watch.begin_step()
+    time.now += 5
+    watch.end_step(steps_left=998)
+    assert watch.lap() == 5.0 and watch.left(10) == 150.0  # the median of the laps
+    quick = clock.Clock(runtime.choose("cpu"))
+    quick.begin_step()
+    time.now += 0.01
+    quick.end_step(steps_left=100)
+    assert capsys.readouterr().out == ""
+
+
+def parts(watch, time, seconds, count=5):
+    """Something of so many parts that take so long each."""
+    for i in range(count):
+        watch.at("step 7, micro-batch", i, count)
+        time.now += seconds
+    watch.at("step 7, micro-batch", count, count)
+
+
+def test_a_long_step_says_every_minute_how_far_it_is_in_a_log_file(time, capsys):
+    parts(clock.Clock(runtime.choose("cpu")), time, seconds=40.0)
+    assert capsys.readouterr().err == "step 7, micro-batch 2 of 5\nstep 7, micro-batch 4 of 5\n"
+    parts(clock.Clock(runtime.choose("cpu")), time, seconds=10.0)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_long_step_has_a_bar_on_a_terminal_that_goes_at_its_end(time, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    parts(clock.Clock(runtime.choose("cpu")), time, seconds=2.0)
+    shown = sys.stderr.getvalue().split("\r")
+    assert "step 7, micro-batch [########            ] 2 of 5 " in shown and "1 of 5" not in "".join(shown)
+    assert shown[-2].strip() == "" and len(shown[-2]) > 40 and shown[-1] == ""
+
+
+def test_only_the_first_process_says_how_far_it_is(time, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    parts(clock.Clock(runtime.choose("cpu")), time, seconds=40.0)
+    assert capsys.readouterr().err == ""
+
+
+def test_max_iters_0_is_an_estimate_that_writes_nothing(train):
+    status, out, err = train("--out_dir=out/a", "--max_iters=0")
+    assert status == 0, err
+    assert "a step takes about" in out and "an epoch" in out and "the whole" not in out and not Path("out").exists()
+    out = train("--out_dir=out/a", "--max_iters=0", "--max_epochs=2")[1]
+    assert "by max_epochs=2" in out and "the whole" in out and not Path("out").exists()
+    train("--out_dir=out/a", "--max_iters=4")  # A run that is there is not looked at.
+    before = {path.name: path.read_bytes() for path in Path("out/a").iterdir()}
+    assert "resuming" not in train("--out_dir=out/a", "--max_iters=0")[1]
+    assert {path.name: path.read_bytes() for path in Path("out/a").iterdir()} == before
+
+
+def test_what_is_ahead_is_said_before_a_run_begins(train):
+    out = train("--out_dir=out/a", "--warmup_iters=50")[1].partition("step 0")[0]
+    assert "tokens or 68.9 steps an epoch, 12 steps" in out and "at least" in out and "GB" in out
+    assert "warning: the warm-up of 50 steps is no shorter than the run of 12" in out
+    assert len(rows("out/a")) == 13
+
+
+@pytest.mark.parametrize(
+    ("batch", "recompute", "advice"),
+    [
+        (6, False, "--batch_size=3 --gradient_accumulation_steps=80 trains the same in less"),
+        (7, False, "--batch_size=1 --gradient_accumulation_steps=280 trains the same in less"),
+        (1, False, "take --recompute=True, or a smaller block_size or model"),
+        (1, True, "take a smaller block_size or model"),
+    ],
+)
+def test_the_smaller_batch_that_trains_the_same(batch, recompute, advice):
+    says = ahead.smaller_batch(settings_of(batch_size=batch, recompute=recompute))
+    assert says.startswith(f" with batch_size={batch}; ") and says.endswith(advice)
