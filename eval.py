@@ -11,7 +11,9 @@ first are scored.
 `documents`: each document by itself, after one end-of-text, in windows of block_size predictions. A later window begins
 with the token before it. A short last window reaches back for context. All tokens are scored.
 `lm_eval`: the same over WikiText's pages, as lm-evaluation-harness's task `wikitext` detokenizes them.
-Each of these tokens is scored exactly once. The +- of a figure is its standard error over the documents.
+Each of these tokens is scored exactly once. The +- of a figure is its standard error over the documents. The JSON also
+has the loss by position, which is the number of tokens that a window has before the one that is scored: what context is
+worth. `python plot.py` draws it.
 """
 
 import math
@@ -27,6 +29,7 @@ import numpy as np
 from tqdm import tqdm
 
 PROTOCOLS = ("stream", "documents", "lm_eval")
+SECONDS_BETWEEN_LINES = 60  # of the progress that is told where there is no terminal
 
 
 @dataclass
@@ -75,25 +78,42 @@ def token_file(split, protocol):
 
 
 def score(model, ids, windows, starts, block_size, batch_size, rt, name=""):
-    """(sum of -ln p in nats, the same of each document (D,), tokens scored of each (D,)) over windows of ids (n,).
+    """Sums of -ln p in nats over windows of ids (n,): (of each document (D,), tokens scored of each (D,), of each group
+    of positions (G,), tokens scored of each (G,)).
 
-    The sums are taken in float64. `starts` (D,) says where documents begin.
+    The sums are taken in float64. `starts` (D,) says where documents begin. A token's position is the number of tokens
+    before it in its window. Group 0 is position 1, group g has those from 2^(g-1) + 1 to 2^g.
     """
-    total, nlls, scored = 0.0, np.zeros(len(starts)), np.zeros(len(starts), np.int64)
-    # With disable=None a log file gets no bar.
-    for i in tqdm(range(0, len(windows), batch_size), desc=name, unit="batch", leave=False, disable=None):
-        part = windows[i : i + batch_size]
+    limits = 2 ** np.arange((block_size - 1).bit_length() + 1)  # last position of each group
+    nlls, scored = np.zeros(len(starts)), np.zeros(len(starts), np.int64)
+    nlls_at, scored_at = np.zeros(len(limits)), np.zeros(len(limits), np.int64)
+    batches = [windows[i : i + batch_size] for i in range(0, len(windows), batch_size)]
+    for part in with_progress(batches, name):
         # A compiled model wants one shape, so empty windows fill the last batch.
         part += [(0, 1, 1)] * (batch_size - len(part) if rt.compile else 0)
         width = block_size if rt.compile else max(end - 1 - begin for begin, end, _ in part)
         with rt.autocast():
-            nll = model.nll(*rt.to_device(*data.window_batch(ids, part, width))).cpu().double()
+            nll = model.nll(*rt.to_device(*data.window_batch(ids, part, width))).cpu().double().numpy()
         targets = np.concatenate([np.arange(first, end) for _, end, first in part])
         document = np.searchsorted(starts, targets, side="right") - 1
-        np.add.at(nlls, document, nll.numpy())
+        np.add.at(nlls, document, nll)
         np.add.at(scored, document, 1)
-        total += nll.sum().item()
-    return total, nlls, scored
+        position = np.concatenate([np.arange(first, end) - begin for begin, end, first in part])
+        group = np.searchsorted(limits, position)
+        np.add.at(nlls_at, group, nll)
+        np.add.at(scored_at, group, 1)
+    return nlls, scored, nlls_at, scored_at
+
+
+def with_progress(batches, name):
+    """Yield the batches under a bar on a terminal, and elsewhere with a line a minute on standard error."""
+    bar = tqdm(batches, desc=name, unit="batch", leave=False, disable=None)
+    said = time.monotonic()
+    for done, batch in enumerate(bar):
+        if bar.disable and time.monotonic() - said >= SECONDS_BETWEEN_LINES:
+            settings.say(f"{name}: {done:,} of {len(batches):,} batches", file=sys.stderr)
+            said = time.monotonic()
+        yield batch
 
 
 # ---- figures ----
@@ -152,7 +172,8 @@ def evaluate(model, text, counts, protocol, block_size, stride, batch_size, rt):
     Raises UserError where the loss is not finite.
     """
     ids, windows, starts = text
-    nll, nlls, each = score(model, ids, windows, starts, block_size, batch_size, rt, protocol)
+    nlls, each, nlls_at, scored_at = score(model, ids, windows, starts, block_size, batch_size, rt, protocol)
+    nll = sum(nlls_at.tolist())
     if not math.isfinite(nll):
         raise UserError("the model gives no finite loss on this text; its weights have diverged")
     scored, expected = int(each.sum()), len(ids) - (1 if protocol == "stream" else len(starts))
@@ -166,10 +187,21 @@ def evaluate(model, text, counts, protocol, block_size, stride, batch_size, rt):
         "tokens_scored": scored,
         "nll": nll,
         **values,
+        "loss_by_position": by_position(nlls_at, scored_at, block_size),
         "documents": len(starts),
         "standard_error": standard_errors(values, nlls, units(protocol, columns, each)),
         "document_nll": nlls.tolist(),  # for the comparison of two models on the same documents
     }
+
+
+def by_position(nlls, scored, block_size):
+    """The report's entry for each group of positions that has tokens, from the sums (G,) and the counts (G,)."""
+    groups = []
+    for g, (nll, n) in enumerate(zip(nlls.tolist(), scored.tolist(), strict=True)):
+        if n:
+            first, last = 2**g // 2 + 1, min(2**g, block_size)
+            groups.append({"first": first, "last": last, "tokens_scored": n, "nll": nll, "loss": nll / n})
+    return groups
 
 
 def which_protocols(wanted, dataset, split):
@@ -188,6 +220,23 @@ def which_protocols(wanted, dataset, split):
         if older and not wanted:
             settings.say(lacks, file=sys.stderr)
     return [wanted] if wanted else [protocol for protocol in PROTOCOLS if has[protocol]]
+
+
+# The counts by which WikiText's test text is known.
+WIKITEXT_TEST = {"tokens": 283_287, "words": 241_211, "lines": 4_358, "bytes": 1_287_656}
+# These figures are what others have published of it with GPT-2's tokens: (protocol, source, figures).
+PUBLISHED = (
+    ("stream", "Transformer, 125 M, from scratch (Hyena paper, table 4.3)", {"token_ppl": 18.6}),
+    ("stream", "Hyena-3-slim, 125 M, and hybrid H3, 125 M (the same)", {"token_ppl": 18.5}),
+    ("stream", "Hyena-S5 (S5 repository)", {"token_ppl": 18.3}),
+    ("stream", "GPT-2 small, 124 M, from scratch (Monarch paper)", {"token_ppl": 20.6}),
+    (
+        "lm_eval",
+        "GPT-2 small, 124 M, zero-shot, block 1,024 (published runs of the task)",
+        {"word_ppl": 37.3698, "byte_ppl": 1.9682, "bits_per_byte": 0.9769},
+    ),
+)
+FORMATS = {"token_ppl": ",.4f", "word_ppl": ",.4f", "byte_ppl": ",.4f", "bits_per_byte": ".4f"}
 
 
 def main():
@@ -242,22 +291,6 @@ def main():
 
 
 # ---- what is printed ----
-
-# The counts by which WikiText's test text is known.
-WIKITEXT_TEST = {"tokens": 283_287, "words": 241_211, "lines": 4_358, "bytes": 1_287_656}
-# These figures are what others have published of it with GPT-2's tokens: (protocol, source, figures).
-PUBLISHED = (
-    ("stream", "Transformer, 125 M, from scratch (Hyena paper, table 4.3)", {"token_ppl": 18.6}),
-    ("stream", "Hyena-3-slim, 125 M, and hybrid H3, 125 M (the same)", {"token_ppl": 18.5}),
-    ("stream", "Hyena-S5 (S5 repository)", {"token_ppl": 18.3}),
-    ("stream", "GPT-2 small, 124 M, from scratch (Monarch paper)", {"token_ppl": 20.6}),
-    (
-        "lm_eval",
-        "GPT-2 small, 124 M, zero-shot, block 1,024 (published runs of the task)",
-        {"word_ppl": 37.3698, "byte_ppl": 1.9682, "bits_per_byte": 0.9769},
-    ),
-)
-FORMATS = {"token_ppl": ",.4f", "word_ppl": ",.4f", "byte_ppl": ",.4f", "bits_per_byte": ".4f"}
 
 
 def table(results, model, published=()):

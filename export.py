@@ -9,6 +9,7 @@ The weights are the checkpoint's to the bit, and --init_from=hf/mine takes them 
 tokenizer's ids for speed; they are left out. GPT-2 has biases, so a model without them gets biases of zero.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -30,48 +31,6 @@ class Settings:
     hf_dir: str = ""  # the folder to write; it must not exist yet, or be empty
 
 
-def byte_letters():
-    """The 256 characters that stand for bytes in GPT-2's vocabulary files. A printable byte stands for itself."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = iter(range(256, 512))
-    return [chr(b) if b in printable else chr(next(others)) for b in range(256)]
-
-
-def tokenizer_files(tok):
-    """{name: text} of the files that transformers' AutoTokenizer reads, for ids equal to those of `tok`."""
-    special, contents, merges = [], {}, []
-    if tok.spec == "gpt2":
-        vocab_json, merges_txt = (path.read_text(encoding="utf-8") for path in tokenizer.gpt2_files())
-        vocab, merges = json.loads(vocab_json), merges_txt.splitlines()[1:]
-        contents = {"vocab.json": vocab_json, "merges.txt": merges_txt}
-    elif tok.spec == "bytes":
-        vocab = {letter: byte for byte, letter in enumerate(byte_letters())} | {tokenizer.ENDOFTEXT: tok.eot}
-    else:
-        vocab = {char: i for i, char in enumerate(tok.chars)}
-    if tok.eot >= 0:
-        flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
-        special = [{"id": tok.eot, "content": tokenizer.ENDOFTEXT, **flags}]
-    bytelevel = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True}
-    contents["tokenizer.json"] = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": special,
-        "normalizer": None,
-        "pre_tokenizer": bytelevel if special else None,
-        "post_processor": None,
-        "decoder": bytelevel if special else {"type": "Fuse"},
-        "model": {"type": "BPE", "vocab": vocab, "merges": merges, "unk_token": None, "fuse_unk": False},
-    }
-    contents["tokenizer_config.json"] = {
-        "tokenizer_class": "GPT2Tokenizer" if tok.spec == "gpt2" else "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,
-        "add_prefix_space": False,
-        **dict.fromkeys(("bos_token", "eos_token", "pad_token") if special else (), tokenizer.ENDOFTEXT),
-    }
-    return contents
-
-
 def find_tokenizer(opened):
     """The model's tokenizer, or None and a line that says why it is not known."""
     try:
@@ -81,9 +40,9 @@ def find_tokenizer(opened):
         return None
 
 
-def model_files(model, tok):
+def model_files(opened, tok):
     """({name: contents} of the JSON files, state dict) of transformers' GPT2LMHeadModel."""
-    hf_config, state = huggingface.convert(model)
+    hf_config, state = huggingface.convert(opened.model)
     eot = tok.eot if tok and tok.eot >= 0 else None
     ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), eot)
     if tok and tok.vocab_size < hf_config["vocab_size"]:
@@ -91,17 +50,21 @@ def model_files(model, tok):
         settings.say(f"left out: {rows} rows of the vocabulary that no token has")
         hf_config["vocab_size"] = tok.vocab_size
         state["transformer.wte.weight"] = state["transformer.wte.weight"][: tok.vocab_size].clone()
-    named = {"tokenizer_spec": tok.spec} if tok else {}  # By this name huggingface.load finds the tokenizer again.
+    # By this name huggingface.load finds the tokenizer again, or why it is not known.
+    named = {"tokenizer_spec": spec} if (spec := tok.spec if tok else opened.tokenizer) else {}
     return {"config.json": hf_config | ids | {"dtype": "float32"} | named, "generation_config.json": ids}, state
 
 
 def write_folder(folder, contents, state):
     """Write the files {name: text or JSON} and the weights so that `folder` appears when it is whole.
 
-    Raises OSError, SafetensorError.
+    An empty folder that is there already may be a mount point, which can't be replaced. So the files are made in it,
+    and config.json, without which nothing opens it, gets its name last. Raises OSError, SafetensorError.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
+    inside = folder.exists()
+    around = folder if inside else folder.parent
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=around))
     try:
         for name, content in contents.items():
             text = content if isinstance(content, str) else json.dumps(content, indent=2, ensure_ascii=False) + "\n"
@@ -112,8 +75,14 @@ def write_folder(folder, contents, state):
                 os.fsync(f.fileno())
         os.chmod(partial, 0o777 & ~umask())  # mkdtemp and safetensors leave others no access.
         os.chmod(partial / "model.safetensors", 0o666 & ~umask())
-        os.replace(partial, folder)
-        files.sync_folder(folder.parent)
+        if inside:
+            if os.listdir(folder) != [partial.name]:  # Another export may have come between.
+                raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
+            for name in sorted(os.listdir(partial), key=lambda name: name == "config.json"):
+                os.replace(partial / name, folder / name)
+        else:
+            os.replace(partial, folder)
+        files.sync_folder(around)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -130,13 +99,16 @@ def main():
     if not s.hf_dir:
         raise UserError("--hf_dir is missing; name the folder to write by --hf_dir=FOLDER")
     folder = Path(os.path.realpath(s.hf_dir))
+    for part in (path := Path(os.path.abspath(s.hf_dir)), *path.parents):
+        if os.path.lexists(part) and not part.exists():
+            raise UserError(f"--hf_dir={s.hf_dir}: {part} is a link to what is not there; mount its disk, or remove it")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"--hf_dir={s.hf_dir} holds something already; name another folder, or remove this one")
     opened = checkpoint.open_run(s.out_dir, s.init_from)
     tok = find_tokenizer(opened)
-    contents, state = model_files(opened.model, tok)
+    contents, state = model_files(opened, tok)
     try:
-        write_folder(folder, contents | (tokenizer_files(tok) if tok else {}), state)
+        write_folder(folder, contents | (huggingface.tokenizer_files(tok.spec) if tok else {}), state)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{s.hf_dir} can't be written ({error}); name another by --hf_dir=FOLDER") from None
     size = sum(path.stat().st_size for path in folder.iterdir())

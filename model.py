@@ -30,8 +30,13 @@ class GPTConfig:
     def __post_init__(self):
         sizes = {"block_size": 1, "vocab_size": 1, "n_layer": 1, "n_head": 1, "n_embd": 1, "n_inner": 0}
         for name, least in sizes.items():
-            if not isinstance(value := getattr(self, name), int) or value < least:
-                raise ValueError(f"{name}={value!r}: {name} must be a whole number of at least {least}")
+            # A bool is an int to isinstance. Torch counts in 64 bits.
+            if type(value := getattr(self, name)) is not int or not least <= value < 1 << 63:
+                raise ValueError(f"{name}={value!r:.40}: {name} must be a whole number of at least {least}, in 64 bits")
+        if type(self.dropout) not in (int, float) or not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout!r:.40}: dropout must be a number from 0 to below 1")
+        if type(self.bias) is not bool:
+            raise ValueError(f"bias={self.bias!r:.40}: bias must be True or False")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}; change one of them")
 

@@ -4,33 +4,56 @@ from model import GPT
 
 import torch
 
+PRECISIONS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+class Diverged(ValueError):
+    """Weights that are not finite."""
+
 
 def assemble(config, state):
     """A GPT of the weights {name: tensor}, in float32. lm_head.weight may be left out, since it is wte.weight.
 
-    Raises ValueError where the weights do not fit the config. A config of absurd sizes is refused at once.
+    Raises ValueError where the weights do not fit the config, and Diverged where one is not finite. A config of absurd
+    sizes is refused at once.
     """
-    state = dict(state)
-    tied = state.setdefault("lm_head.weight", state.get("transformer.wte.weight"))
     n_layer = len({name.split(".")[2] for name in state if name.startswith("transformer.h.")})
     if n_layer != config.n_layer:
         raise ValueError(f"n_layer={config.n_layer:,}, and there are weights of {n_layer:,} blocks")
     try:
         with torch.device("meta"):  # names and shapes alone, which take no memory
             model = GPT(config)
-    except RuntimeError as error:  # The product of two sizes is beyond 64 bits.
-        raise ValueError(str(error)) from None
+    except (RuntimeError, TypeError) as error:  # A size, or the product of two, is beyond 64 bits.
+        raise ValueError(str(error).splitlines()[0]) from None
+    state = {"lm_head.weight": state.get("transformer.wte.weight"), **state}
     shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
     for name in [*shapes, *sorted(state.keys() - shapes.keys())]:
-        shape = tuple(state[name].shape) if isinstance(state.get(name), torch.Tensor) else "no tensor"
-        expected = shapes.get(name, "no weight of GPT-2")
+        p, expected = state.get(name), shapes.get(name, "no weight of GPT-2")
+        if isinstance(p, torch.Tensor) and not is_plain(p):
+            raise ValueError(f"{name} is of {p.dtype}, {p.layout}, on {p.device}; wanted is a plain tensor of floats")
+        shape = tuple(p.shape) if isinstance(p, torch.Tensor) else "no tensor"
         if shape != expected:
             raise ValueError(f"{name} is {shape}, wanted is {expected}")
-        if not state[name].is_floating_point() or state[name].layout != torch.strided:
-            raise ValueError(f"{name} is of {state[name].dtype}, {state[name].layout}")
-    if not torch.equal(tied, state["transformer.wte.weight"]):
-        raise ValueError("lm_head.weight is not transformer.wte.weight; GPT-2 ties them")
     # The tensors become the parameters: no initial values are drawn, and nothing is copied that is float32 already.
-    model.load_state_dict({name: p.float().contiguous() for name, p in state.items()}, assign=True)
+    state = {name: p.detach().float().contiguous() for name, p in state.items()}
+    for name, p in state.items():
+        if not torch.stack(p.aminmax()).isfinite().all():
+            raise Diverged(f"{name} is not finite: its training has diverged")
+    if not torch.equal(state.pop("lm_head.weight"), state["transformer.wte.weight"]):
+        raise ValueError("lm_head.weight is not transformer.wte.weight; GPT-2 ties them")
+    # Two weights in one piece of memory would be trained as one.
+    taken = set()
+    for name, p in state.items():
+        memory = p.untyped_storage()
+        if memory.data_ptr() in taken or memory.nbytes() != p.nbytes:
+            state[name] = p.clone()
+        taken.add(memory.data_ptr())
+    model.load_state_dict(state | {"lm_head.weight": state["transformer.wte.weight"]}, assign=True)
     model.lm_head.weight = model.transformer.wte.weight
     return model
+
+
+def is_plain(p):
+    """Whether a tensor is dense, lies in the host's memory, and has a precision that weights can have."""
+    kind = (p.layout, p.device.type, p.is_nested, p.is_neg())
+    return p.dtype in PRECISIONS and kind == (torch.strided, "cpu", False, False)

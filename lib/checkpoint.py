@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lib import files, huggingface, settings, tokenizer
-from lib.assemble import assemble
+from lib.assemble import Diverged, assemble
 from lib.settings import UserError
 from model import GPT, GPTConfig, model_args
 
@@ -275,6 +275,8 @@ def build(checkpoint, path):
         # The wrappers of torch.compile and DDP leave prefixes in nanoGPT's files, and its older attention a mask.
         state = {k.replace("_orig_mod.", "").removeprefix("module."): v for k, v in checkpoint["model"].items()}
         model = assemble(config, {k: v for k, v in state.items() if not k.endswith(".attn.bias")})
+    except Diverged as error:
+        raise UserError(f"{path}: {error}; take another") from None
     except (TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:150]
         raise UserError(f"{path}: its weights do not fit its model_args ({reason}); take another") from None

@@ -1,10 +1,16 @@
 """transformers' layout of a GPT-2 <-> ours: a folder, or a repository on the Hugging Face hub."""
 
+import io
 import json
+import os
+import sys
+from concurrent.futures import Future, wait
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
+from threading import Thread
 
-from lib import tokenizer
-from lib.assemble import assemble
+from lib import settings, tokenizer
+from lib.assemble import Diverged, assemble
 from lib.settings import UserError
 from model import GPTConfig
 
@@ -12,8 +18,14 @@ import torch
 
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 FILES = ("config.json", "model.safetensors")
+# What tells the tokenizer: the files that GPT-2 and our exports have, and those of other kinds of tokenizer.
+VOCABULARIES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "added_tokens.json")
+OF_OTHERS = ("spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "spm.model", "vocab.txt", "bpe.codes")
+# The classes of transformers that read VOCABULARIES as GPT-2's.
+CLASSES = ("GPT2Tokenizer", "GPT2TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend", None)
 # transformers keeps these as OpenAI's "Conv1D", the transpose of a linear layer's weight.
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+SILENCE = 60  # seconds without a byte from the hub, after which we give up
 
 
 def load(source):
@@ -34,35 +46,73 @@ def load(source):
     try:
         hf = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         config = read_config(hf)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise UserError(f"{folder / 'config.json'}: {error}; it must be a GPT-2's") from None
+    weights = folder / "model.safetensors"
     try:
-        state = load_file(folder / "model.safetensors")
+        stored = load_file(weights)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{folder / 'model.safetensors'} cannot be read ({error}); fetch it again") from None
-    state = {k if k.startswith(("transformer.", "lm_head.")) else f"transformer.{k}": v for k, v in state.items()}
-    # Older versions of transformers store their causal masks, which are no weights.
-    state = {k: v for k, v in state.items() if not k.endswith((".attn.bias", ".attn.masked_bias"))}
-    state = {k: v.t() if k.endswith(CONV1D) and v.dim() == 2 else v for k, v in state.items()}
+        raise UserError(f"{weights} cannot be read ({error}); fetch it again") from None
+    state = {}
+    for stored_name, p in stored.items():
+        name = stored_name if stored_name.startswith(("transformer.", "lm_head.")) else f"transformer.{stored_name}"
+        if name in state:
+            raise UserError(f"{weights} holds {name} twice, with and without `transformer.`; remove the wrong one")
+        # Older versions of transformers store their causal masks, which are no weights.
+        if not name.endswith((".attn.bias", ".attn.masked_bias")):
+            state[name] = p.t() if name.endswith(CONV1D) and p.dim() == 2 else p
     try:
         model = assemble(config, state)
+    except Diverged as error:
+        raise UserError(f"{weights}: {error}; take another model") from None
     except ValueError as error:
-        raise UserError(f"{folder / 'model.safetensors'} does not fit its config.json: {error}") from None
+        raise UserError(f"{weights} does not fit its config.json: {error}") from None
     return model, find_tokenizer(source, folder, hf)
 
 
 def download(source):
-    """Download a model by its name. Returns its folder in the hub's cache. Raises UserError."""
-    from huggingface_hub import snapshot_download
+    """Download a model by its name. Returns its folder in the hub's cache. Raises UserError.
 
-    repo = f"openai-community/{source}" if str(source) in GPT2_NAMES else str(source)
+    The hub's client waits without end for some answers. So it runs in a thread, which is left after SILENCE.
+    """
+    repo, outcome = f"openai-community/{source}" if str(source) in GPT2_NAMES else str(source), Future()
     try:
-        return Path(snapshot_download(repo, allow_patterns=[*FILES, "vocab.json", "tokenizer.json"]))
+        # The import reads the environment, and fails where HF_ENDPOINT or a limit there makes no sense. It then prints.
+        with redirect_stdout(io.StringIO()):
+            from huggingface_hub import constants, snapshot_download
+
+        def fetch():
+            try:
+                outcome.set_result(snapshot_download(repo, allow_patterns=[*FILES, *VOCABULARIES, *OF_OTHERS]))
+            except Exception as error:
+                outcome.set_exception(error)
+
+        cache = Path(constants.HF_HUB_CACHE, "models--" + repo.replace("/", "--"))
+        received = size(cache)
+        Thread(target=fetch, daemon=True).start()
+        # What is in the cache already takes less than 2 seconds.
+        if not wait([outcome], min(2, SILENCE)).done and os.environ.get("RANK", "0") == "0":
+            settings.say(f"fetching {repo} from the hub", file=sys.stderr)
+        while not wait([outcome], SILENCE).done:
+            before, received = received, size(cache)
+            if received == before:
+                constants.HF_HUB_OFFLINE = True  # The client's own threads, which Python waits for, try no more.
+                raise TimeoutError(f"no byte came in {SILENCE} seconds")
+        return Path(outcome.result())
     except Exception as error:  # The hub's client lets through what its HTTP library raises.
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise UserError(
             f"{source} cannot be had from the hub ({reason}); without a network, give a checkpoint or a folder"
         ) from None
+
+
+def size(folder):
+    """The bytes of the files under a folder, which may come and go."""
+    total = 0
+    for path in folder.rglob("*"):
+        with suppress(OSError):
+            total += path.lstat().st_size
+    return total
 
 
 def read_config(hf):
@@ -80,33 +130,129 @@ def read_config(hf):
         if hf.get(key, value) != value:
             raise ValueError(f"{key} is {hf[key]!r}, GPT-2 has {value!r}")
     sizes = {k: hf.get(k, "missing") for k in ("vocab_size", "n_layer", "n_head", "n_embd")}
-    return GPTConfig(block_size=hf.get("n_positions", "missing"), n_inner=hf.get("n_inner") or 0, **sizes)
+    n_inner = 0 if hf.get("n_inner") is None else hf["n_inner"]
+    return GPTConfig(block_size=hf.get("n_positions", "missing"), n_inner=n_inner, **sizes)
+
+
+# ---- the tokenizer ----
 
 
 def find_tokenizer(source, folder, hf):
     """The spec of a folder's tokenizer by what lies there; '' where nothing does. Raises UserError.
 
-    export.py writes the spec into config.json. Elsewhere the folder's vocabulary shows whether it is GPT-2's.
+    export.py writes the spec into config.json. Elsewhere the folder's files show whether the tokenizer is GPT-2's.
+    Where a file contradicts that, the spec is tokenizer.UNKNOWN and says which.
     """
-    if (spec := hf.get("tokenizer_spec")) is not None:
-        try:
-            tokenizer.check_spec(spec)
-        except ValueError as error:
-            raise UserError(f"{folder / 'config.json'}: {error}") from None
+    spec = "" if hf.get("tokenizer_spec") is None else hf["tokenizer_spec"]
+    try:
+        tokenizer.check_spec(spec)
+    except ValueError as error:
+        raise UserError(f"{folder / 'config.json'}: {error}") from None
+    if spec and not tokenizer.vocab_size_of(spec):
         return spec
-    if str(source) in GPT2_NAMES:
-        return "gpt2"
-    for file in ("vocab.json", "tokenizer.json"):
-        if not (folder / file).is_file():
-            continue
+    found = {file: read_evidence(folder / file) for file in VOCABULARIES if os.path.lexists(folder / file)}
+    if str(source) in GPT2_NAMES or found.keys() & {"vocab.json", "merges.txt", "tokenizer.json"}:
+        spec = spec or "gpt2"
+    contradictions = [file for file in OF_OTHERS if os.path.lexists(folder / file)]
+    contradictions += ["tokenizer_class"] if hf.get("tokenizer_class") not in CLASSES else []
+    wanted = tokenizer_files(spec or "gpt2") if found else {}
+    for file, content in found.items():
         try:
-            vocab = json.loads((folder / file).read_text(encoding="utf-8"))
-            vocab = vocab["model"]["vocab"] if file == "tokenizer.json" else vocab
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            contradictions += [] if agrees(file, content, wanted) else [file]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{folder / file} is not a vocabulary ({error}); mend it, or remove it") from None
-        gpt2 = json.loads(tokenizer.gpt2_files()[0].read_text(encoding="utf-8"))
-        return "gpt2" if vocab == gpt2 else f"{tokenizer.UNKNOWN}the {file} of {source} is not GPT-2's"
-    return ""
+    name = "GPT-2's" if spec in ("", "gpt2") else f"that of the tokenizer {spec[:40]!r}"
+    return f"{tokenizer.UNKNOWN}the {contradictions[0]} of {source} is not {name}" if contradictions else spec
+
+
+def read_evidence(path):
+    """What one of VOCABULARIES holds: JSON, or the list of merges. Raises UserError."""
+    if not path.is_file():
+        raise UserError(f"{path} is not a regular file; remove it")
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".json":
+            return json.loads(text)
+        return [line for line in text.splitlines() if line and not line.startswith("#version")]
+    except (ValueError, RecursionError, OSError) as error:
+        raise UserError(f"{path} is not a vocabulary ({error}); mend it, or remove it") from None
+
+
+def agrees(file, found, wanted):
+    """Whether one of VOCABULARIES gives text the ids that our own tokenizer_files() `wanted` give it.
+
+    Raises ValueError, KeyError, TypeError or AttributeError for the content of another kind of file.
+    """
+    ours = wanted["tokenizer.json"]
+    vocab, merges = ours["model"]["vocab"], ours["model"]["merges"]
+    if file in ("vocab.json", "merges.txt"):
+        return found == (vocab if file == "vocab.json" else merges)
+    if file == "added_tokens.json":
+        added = found.items()
+    elif file == "tokenizer_config.json":
+        if found.get("tokenizer_class") not in CLASSES or found.get("add_prefix_space"):
+            return False
+        added = [(token["content"], int(i)) for i, token in found.get("added_tokens_decoder", {}).items()]
+    else:
+        model, cut, our_cut = found["model"], found.get("pre_tokenizer", ours["pre_tokenizer"]), ours["pre_tokenizer"]
+        # transformers writes a merge as a pair since 2024, and as a text before that.
+        pairs = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges", merges)]
+        options = ("dropout", "ignore_merges", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix")
+        if (model["vocab"], model.get("type", "BPE"), pairs) != (vocab, "BPE", merges):
+            return False
+        if found.get("normalizer") or any(model.get(option) for option in options) or bool(cut) != bool(our_cut):
+            return False
+        if cut and any(cut.get(key, our_cut[key]) != our_cut[key] for key in ("type", "add_prefix_space", "use_regex")):
+            return False
+        added = [(token["content"], token["id"]) for token in found.get("added_tokens", [])]
+    # Tokens beyond the vocabulary change the ids of no other text.
+    end = tokenizer.ENDOFTEXT
+    return all(vocab.get(end) == i if text == end else text not in vocab and i >= len(vocab) for text, i in added)
+
+
+def byte_letters():
+    """The 256 characters that stand for bytes in GPT-2's vocabulary files. A printable byte stands for itself."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = iter(range(256, 512))
+    return [chr(b) if b in printable else chr(next(others)) for b in range(256)]
+
+
+def tokenizer_files(spec):
+    """{name: text or JSON} of the files that transformers' AutoTokenizer reads, for the ids of a tokenizer's spec."""
+    special, contents, merges, eot = [], {}, [], tokenizer.eot_of(spec)
+    if spec == "gpt2":
+        vocab_json, merges_txt = (path.read_text(encoding="utf-8") for path in tokenizer.gpt2_files())
+        vocab, merges = json.loads(vocab_json), merges_txt.splitlines()[1:]
+        contents = {"vocab.json": vocab_json, "merges.txt": merges_txt}
+    elif spec == "bytes":
+        vocab = {letter: byte for byte, letter in enumerate(byte_letters())} | {tokenizer.ENDOFTEXT: eot}
+    else:
+        vocab = {char: i for i, char in enumerate(spec.removeprefix("char:"))}
+    if eot >= 0:
+        flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+        special = [{"id": eot, "content": tokenizer.ENDOFTEXT, **flags}]
+    bytelevel = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True}
+    contents["tokenizer.json"] = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": special,
+        "normalizer": None,
+        "pre_tokenizer": bytelevel if special else None,
+        "post_processor": None,
+        "decoder": bytelevel if special else {"type": "Fuse"},
+        "model": {"type": "BPE", "vocab": vocab, "merges": merges, "unk_token": None, "fuse_unk": False},
+    }
+    contents["tokenizer_config.json"] = {
+        "tokenizer_class": "GPT2Tokenizer" if spec == "gpt2" else "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "add_prefix_space": False,
+        **dict.fromkeys(("bos_token", "eos_token", "pad_token") if special else (), tokenizer.ENDOFTEXT),
+    }
+    return contents
+
+
+# ---- the way back ----
 
 
 def convert(model):

@@ -2,13 +2,16 @@
 
 import copy
 import functools
+import io
 import json
 import math
 import os
+import sys
 import threading
 import tty
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import eval as evaluation
 import train
@@ -37,22 +40,26 @@ def random_ids(n, vocab_size=257):
 def stream(model, ids, T, stride, batch_size, rt):
     """(nats, tokens scored) by the protocol `stream` of ids that are one document."""
     windows = data.stream_windows(len(ids), T, stride)
-    total, (nll,), (scored,) = evaluation.score(model, ids, windows, np.zeros(1, int), T, batch_size, rt)
-    assert nll == pytest.approx(total, rel=1e-12)
-    return total, scored
+    (nll,), (scored,), nlls_at, scored_at = evaluation.score(model, ids, windows, np.zeros(1, int), T, batch_size, rt)
+    assert nll == pytest.approx(nlls_at.sum(), rel=1e-12)
+    assert scored == scored_at.sum()
+    return nll, scored
 
 
-def exact_nll(model, ids, T, stride):
-    """The protocol token by token in float64. The context of each target is read for this target alone."""
-    model, ids, total = copy.deepcopy(model).double(), torch.from_numpy(ids.astype(np.int64)), 0.0
+def exact_losses(model, ids, T, stride):
+    """(position, nats) of each target of the protocol, in float64. Its context is read for this target alone."""
+    model, ids = copy.deepcopy(model).double(), torch.from_numpy(ids.astype(np.int64))
     for t in range(1, len(ids)):
         # Windows without a stride are disjoint and have T targets. Of those that begin at 0, stride, ... the first one
         # that reaches t scores it.
         begin = (t - 1) // T * T if stride in (0, T) else max(0, -(-(t - T + 1) // stride)) * stride
         with torch.no_grad():
             logits = model(ids[None, begin:t])[0][0, -1]
-        total -= torch.log_softmax(logits, 0)[ids[t]].item()
-    return total
+        yield t - begin, -torch.log_softmax(logits, 0)[ids[t]].item()
+
+
+def exact_nll(model, ids, T, stride):
+    return sum(nll for _, nll in exact_losses(model, ids, T, stride))
 
 
 @pytest.fixture(autouse=True)
@@ -164,7 +171,7 @@ def test_the_report_has_exact_figures_over_the_counts_of_the_text(report, stride
     found = report(f"--stride={stride}")
     (result,) = found.pop("results")
     assert found == {"model": "out/a/ckpt.pt", "dataset": "tiny", "split": "test"}
-    assert list(result) == [*KEYS, "documents", "standard_error", "document_nll"]
+    assert list(result) == [*KEYS, "loss_by_position", "documents", "standard_error", "document_nll"]
 
     ids = np.frombuffer("".join(DOCUMENTS).encode(), np.uint8)
     assert (result["protocol"], result["block_size"], result["stride"]) == ("stream", 16, stride)
@@ -261,36 +268,100 @@ def test_a_smaller_block_size_is_taken_and_reported(report):
     assert result["nll"] == pytest.approx(exact_nll(model, ids, 6, 0), rel=1e-6)
 
 
+# ---- the loss by position ----
+
+
+def check_positions(result, exact, T):
+    """The entries are those of exact [(position, nats)], in groups that end at powers of two or at T."""
+    groups = result["loss_by_position"]
+    assert sum(group["nll"] for group in groups) == result["nll"]
+    assert sum(group["tokens_scored"] for group in groups) == result["tokens_scored"] == len(exact)
+    assert [group["loss"] for group in groups] == [group["nll"] / group["tokens_scored"] for group in groups]
+    last, limits = 0, [2**i for i in range(99) if 2**i < T] + [T]
+    for group in groups:
+        assert list(group) == ["first", "last", "tokens_scored", "nll", "loss"]
+        assert (group["first"] - 1, group["last"]) in zip([0, *limits], limits, strict=False)
+        assert last < group["first"] <= group["last"]
+        last = group["last"]
+        losses = [nll for position, nll in exact if group["first"] <= position <= last]
+        assert group["tokens_scored"] == len(losses)
+        assert group["nll"] == pytest.approx(sum(losses), rel=1e-6)
+
+
+@pytest.mark.parametrize(("T", "stride"), [(16, 0), (16, 1), (16, 5), (7, 0), (7, 3), (2, 0), (1, 0)])
+def test_the_loss_by_position_is_that_of_a_slow_exact_computation(report, T, stride):
+    model = random_model()
+    save_run(model)
+    exact = list(exact_losses(model, np.frombuffer("".join(DOCUMENTS).encode(), np.uint8), T, stride))
+    assert max(position for position, _ in exact) == (T - 1 if stride else T)
+    for batch_size in (1, 64):
+        (result,) = report(f"--block_size={T}", f"--stride={stride}", f"--batch_size={batch_size}")["results"]
+        check_positions(result, exact, T)
+
+
+def test_the_sums_by_position_are_the_nll_to_the_bit(monkeypatch):
+    """Also where the losses fill a float64, so that a sum in another order is another one."""
+    model, generator = random_model(), torch.Generator().manual_seed(0)
+    monkeypatch.setattr(model, "nll", lambda x, y: torch.rand((y >= 0).sum(), dtype=float, generator=generator))
+    dataset = data.Dataset("tiny")
+    text = evaluation.read(dataset, "test", "stream", 16, 0)
+    rt = runtime.choose("cpu", "float32", False)
+    result = evaluation.evaluate(model, text, dataset.splits["test"], "stream", 16, 0, 3, rt)
+    assert sum(group["nll"] for group in result["loss_by_position"]) == result["nll"]
+    assert sum(result["document_nll"]) != result["nll"]
+
+
+def test_positions_that_a_text_does_not_reach_have_no_entry(report):
+    save_run(random_model())
+    write_dataset("short", "test", documents=["abc", "x"])
+    (result,) = report("--dataset=short", "--protocol=documents")["results"]
+    assert [(g["first"], g["last"], g["tokens_scored"]) for g in result["loss_by_position"]] == [
+        (1, 1, 2),
+        (2, 2, 1),
+        (3, 4, 1),
+    ]
+
+
+def test_plot_draws_the_loss_by_position(run, script):
+    save_run(random_model())
+    assert run()[0] == 0
+    assert script("plot", "out/a/eval_test.json") == (0, "out/a/eval_test.png\n", "")
+    assert Path("out/a/eval_test.png").read_bytes().startswith(b"\x89PNG")
+
+
 # ---- documents ----
 
 
 def exact_documents(model, documents, eot, T):
-    """(nats, tokens) of each document, token by token in float64, by the rule of lm-evaluation-harness.
+    """[(position, nats)] of each document, token by token in float64, by the rule of lm-evaluation-harness.
 
     Its targets are in groups of T. The first group follows an end-of-text. Any other one has the T ids before its last
     target as context.
     """
     model, found = copy.deepcopy(model).double(), []
     for document in documents:
-        ids, nll = torch.tensor([eot, *document]), 0.0
+        ids, losses = torch.tensor([eot, *document]), []
         for t in range(1, len(ids)):
             last = min((t - 1) // T * T + T, len(document))  # target of the group of t
+            begin = max(0, last - T)
             with torch.no_grad():
-                logits = model(ids[None, max(0, last - T) : t])[0][0, -1]
-            nll -= torch.log_softmax(logits, 0)[ids[t]].item()
-        found.append((nll, len(document)))
-    return zip(*found, strict=True)
+                logits = model(ids[None, begin:t])[0][0, -1]
+            losses.append((t - begin, -torch.log_softmax(logits, 0)[ids[t]].item()))
+        found.append(losses)
+    return found
 
 
 @pytest.mark.parametrize("T", [1, 7, 16])
 def test_documents_are_those_of_a_slow_exact_computation(report, T):
     save_run(random_model())
-    nlls, scored = exact_documents(random_model(), [list(d.encode()) for d in DOCUMENTS], 256, T)
+    exact = exact_documents(random_model(), [list(d.encode()) for d in DOCUMENTS], 256, T)
+    nlls, scored = [sum(nll for _, nll in losses) for losses in exact], [len(d.encode()) for d in DOCUMENTS]
     for batch_size in (1, 3, 64):
         (result,) = report("--protocol=documents", f"--block_size={T}", f"--batch_size={batch_size}")["results"]
         assert (result["tokens_scored"], result["documents"]) == (sum(scored), len(DOCUMENTS))
         assert result["nll"] == pytest.approx(sum(nlls), rel=1e-6)
         assert result["document_nll"] == pytest.approx(nlls, rel=1e-6)
+        check_positions(result, [loss for losses in exact for loss in losses], T)
     words, size = sum(len(d.split()) for d in DOCUMENTS), sum(len(d.encode()) for d in DOCUMENTS)
     assert result["word_ppl"] == pytest.approx(math.exp(result["nll"] / words), rel=1e-14)
     assert result["byte_ppl"] == pytest.approx(math.exp(result["nll"] / size), rel=1e-14)
@@ -317,10 +388,10 @@ def test_a_token_of_the_stream_belongs_to_its_document(monkeypatch):
     monkeypatch.setattr(model, "nll", lambda x, y: y[y >= 0].float())
     for stride in (0, 5):
         ids, windows, starts = evaluation.read(dataset, "test", "stream", 16, stride)
-        total, nlls, scored = evaluation.score(model, ids, windows, starts, 16, 4, rt)
+        nlls, scored, nlls_at, scored_at = evaluation.score(model, ids, windows, starts, 16, 4, rt)
         assert nlls.tolist() == [sum(d.encode()) - (i == 0) * ord("a") for i, d in enumerate(documents)]
         assert scored.tolist() == [len(d) - (i == 0) for i, d in enumerate(documents)]
-        assert total == nlls.sum()
+        assert (nlls_at.sum(), scored_at.sum()) == (nlls.sum(), scored.sum())
 
 
 def test_standard_errors_are_those_of_a_bootstrap():
@@ -544,6 +615,59 @@ def test_only_the_table_goes_to_standard_output(run):
     assert "device cpu" in err
     assert "tokens/s" not in out
     assert "device" not in out
+
+
+# ---- progress ----
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The time in seconds, as eval.py reads it: a list of one number."""
+    now = [0.0]
+    monkeypatch.setattr(evaluation, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    return now
+
+
+def run_through(batches, clock, seconds):
+    """Take so many batches, each in so many seconds."""
+    for i, batch in enumerate(evaluation.with_progress(list(range(batches)), "documents")):
+        assert batch == i
+        clock[0] += seconds
+
+
+def test_a_log_has_a_line_a_minute(clock, capsys):
+    run_through(1980, clock, 0.5)
+    assert capsys.readouterr() == ("", "".join(f"documents: {n:,} of 1,980 batches\n" for n in range(120, 1980, 120)))
+
+
+def test_a_batch_of_many_minutes_has_one_line(clock, capsys):
+    run_through(3, clock, 400)
+    assert capsys.readouterr().err == "documents: 1 of 3 batches\ndocuments: 2 of 3 batches\n"
+
+
+def test_less_than_a_minute_has_no_line(clock, capsys):
+    run_through(60, clock, 1)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_terminal_has_the_bar_alone(clock, monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    run_through(3, clock, 400)
+    assert "0/3" in terminal.getvalue() and "of 3 batches" not in terminal.getvalue()
+
+
+def test_the_lines_are_those_of_the_evaluation(run, monkeypatch):
+    save_run(random_model())
+    assert "batches" not in run()[2]
+    monkeypatch.setattr(evaluation, "SECONDS_BETWEEN_LINES", 0)
+    _, out, err = run("--batch_size=2")
+    sizes = [len(d.encode()) for d in DOCUMENTS]
+    windows = {"stream": math.ceil((sum(sizes) - 1) / 16), "documents": sum(math.ceil(size / 16) for size in sizes)}
+    for protocol, n in windows.items():
+        assert f"{protocol}: 1 of {math.ceil(n / 2)} batches\n" in err
+    assert "batches" not in out
 
 
 # ---- mistakes ----

@@ -1,22 +1,24 @@
 """export.py: transformers opens, computes and tokenizes what our scripts do, and the way back is exact to the bit."""
 
+import errno
 import functools
 import json
+import math
 import os
 import stat
 from pathlib import Path
 
 import export
 import sample
-from lib import checkpoint, tokenizer
+from lib import checkpoint, huggingface, tokenizer
 
 import numpy as np
 import pytest
 import torch
-from conftest import random_model, save_nanogpt_run, save_run, write_meta_pkl
+from conftest import random_model, save_huggingface, save_nanogpt_run, save_run, write_meta_pkl
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 CHARS = "\n !',.:abcdefghijklmnopqrstuvwxyz\u00e9\U0001f600"
 odd_text = st.lists(
@@ -90,7 +92,8 @@ def test_the_tokenizer_gives_our_ids_for_any_text(spec, tmp_path):
     from transformers import AutoTokenizer
 
     tok = tokenizer.load(spec)
-    export.write_folder(tmp_path / "hf", export.tokenizer_files(tok) | {"config.json": {"model_type": "gpt2"}}, {})
+    contents = huggingface.tokenizer_files(spec) | {"config.json": {"model_type": "gpt2"}}
+    export.write_folder(tmp_path / "hf", contents, {})
     theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert (theirs.bos_token_id, theirs.eos_token_id, len(theirs)) == (tok.eot, tok.eot, tok.vocab_size)
 
@@ -195,6 +198,84 @@ def test_a_link_to_an_empty_folder_is_written_behind(script):
     Path("hf").symlink_to("disk")
     assert script("export", "--hf_dir=hf")[0] == 0
     assert Path("disk/model.safetensors").exists() and Path("hf").is_symlink()
+
+
+def test_a_mount_point_is_written_into_and_config_json_comes_last(script, monkeypatch):
+    """Nothing can be renamed to the name of a mount point."""
+    save_run(varied_model())
+    Path("hf").mkdir()
+    replace, placed = os.replace, []
+
+    def replace_no_mount_point(source, target):
+        if Path(target) == Path("hf").resolve():
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(target))
+        placed.append(Path(target).name)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replace_no_mount_point)
+    status, _, err = script("export", "--hf_dir=hf")
+    assert status == 0, err
+    assert placed[-1] == "config.json" and sorted(placed) == sorted(os.listdir("hf"))
+    assert checkpoint.open_model("hf").tokenizer == "bytes"
+
+
+def test_two_exports_into_one_empty_folder_do_not_mix(script, monkeypatch):
+    save_run(varied_model())
+    Path("hf").mkdir()
+
+    def save_while_another_comes(state, path, metadata):
+        save_file(state, path, metadata=metadata)
+        Path("hf/config.json").write_text("{}")
+
+    monkeypatch.setattr(export, "save_file", save_while_another_comes)
+    status, _, err = script("export", "--hf_dir=hf")
+    assert status == 2 and "not empty" in err and len(err.splitlines()) == 1
+    assert os.listdir("hf") == ["config.json"]
+
+
+@pytest.mark.parametrize("folder", ["hf", "hf/mine"])
+def test_a_link_to_a_disk_that_is_not_mounted_is_refused(script, monkeypatch, folder):
+    save_run(varied_model())
+    Path("hf").symlink_to("disk")
+    monkeypatch.setattr(checkpoint, "open_run", lambda *args: pytest.fail("the work has begun"))
+    status, _, err = script("export", f"--hf_dir={folder}")
+    assert status == 2 and "is a link to what is not there; mount its disk" in err and len(err.splitlines()) == 1
+    assert not Path("disk").exists()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("source", ["a run", "a Hugging Face folder"])
+def test_weights_that_have_diverged_are_not_exported(script, source, value):
+    model = varied_model()
+    model.transformer.wpe.weight.data[3, 2] = value
+    save_run(model) if source == "a run" else save_huggingface(model, "theirs")
+    status, _, err = script("export", "--hf_dir=hf", *(["--init_from=theirs"] if source != "a run" else []))
+    assert status == 2 and "transformer.wpe.weight is not finite: its training has diverged" in err
+    assert len(err.splitlines()) == 1 and not Path("hf").exists()
+
+
+@pytest.mark.parametrize("spec", ["gpt2", "bytes", "char:" + CHARS])
+def test_what_transformers_makes_of_our_tokenizer_is_known_again(spec, tmp_path):
+    """transformers writes the files in its own words."""
+    from transformers import AutoTokenizer
+
+    model = varied_model(vocab_size=tokenizer.vocab_size_of(spec), n_embd=4)
+    save_huggingface(model, "hf", tokenizer_spec=spec)
+    for name, content in huggingface.tokenizer_files(spec).items():
+        Path("hf", name).write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    assert huggingface.load("hf")[1] == spec
+    AutoTokenizer.from_pretrained("hf").save_pretrained("hf")
+    assert huggingface.load("hf")[1] == spec
+
+
+def test_why_the_tokenizer_is_not_known_is_kept(exported):
+    """By their number the ids of an export would otherwise be taken for bytes."""
+    save_huggingface(varied_model(), "theirs")
+    Path("theirs/spiece.model").touch()
+    says = checkpoint.open_model("theirs").tokenizer
+    assert says == f"{tokenizer.UNKNOWN}the spiece.model of theirs is not GPT-2's"
+    assert "without tokenizer files" in exported("--init_from=theirs")
+    assert checkpoint.open_model("hf").tokenizer == says
 
 
 def test_a_folder_that_holds_something_is_not_touched(script):

@@ -1,15 +1,22 @@
 """lib/huggingface.py: folders in transformers' layout are read to the bit, or refused in a line that says why."""
 
 import json
+import math
+import os
 import re
+import socket
+import subprocess
+import sys
 import time
 
 from lib import checkpoint, huggingface, tokenizer
+from lib.assemble import Diverged, assemble
+from model import GPTConfig
 
 import huggingface_hub
 import pytest
 import torch
-from conftest import random_model, refusal, same_bits, save_huggingface
+from conftest import ROOT, random_model, refusal, same_bits, save_huggingface
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -113,6 +120,32 @@ def test_a_size_that_is_none_is_refused_by_name(key, value, tmp_path):
     assert re.search(rf"config\.json: .*({key}|block_size)", refusal(huggingface.load, folder))
 
 
+@pytest.mark.parametrize("key", ["vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner"])
+@pytest.mark.parametrize("value", [True, 10**30, -(10**30), 2**62, 2**48])
+def test_a_size_beyond_all_bounds_is_one_line(key, value, tmp_path):
+    folder = save_huggingface(random_model(**SMALL), tmp_path, **{key: value})
+    refusal(huggingface.load, folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(dict(dropout=value) for value in (1, -0.1, math.nan, True, "0", None, 10**400)),
+        *(dict(bias=value) for value in (0, 1, None, "True")),
+        *(dict(n_embd=value) for value in (True, 16.0, 2**63, "16")),
+    ],
+    ids=str,
+)
+def test_a_config_of_other_kinds_is_refused(change):
+    with pytest.raises(ValueError, match=next(iter(change))):
+        GPTConfig(**SMALL | change)
+
+
+@pytest.mark.parametrize("dropout", [0, 0.0, 0.999])
+def test_a_dropout_may_be_a_whole_number(dropout):
+    assert GPTConfig(**SMALL, dropout=dropout).dropout == dropout
+
+
 @pytest.mark.parametrize("size", [dict(n_layer=10**6), dict(n_inner=10**9), dict(vocab_size=10**9)], ids=str)
 def test_a_size_that_the_weights_do_not_have_is_refused_before_anything_is_built(size, tmp_path):
     """A download's config.json can name sizes that no memory holds."""
@@ -146,6 +179,79 @@ def test_a_config_that_is_none_is_refused(text, folder):
 def test_weights_that_do_not_fit_their_config_are_refused_by_name(name, tensor, folder):
     change_weights(folder, **{name: tensor})
     assert re.search(rf"model\.safetensors does not fit.*{name}", refusal(huggingface.load, folder))
+
+
+def test_a_weight_that_stands_there_under_two_names_is_refused(folder):
+    wte = load_file(folder / "model.safetensors")["transformer.wte.weight"]
+    change_weights(folder, **{"wte.weight": wte + 1})
+    assert "holds transformer.wte.weight twice" in refusal(huggingface.load, folder)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_are_not_finite_are_refused(folder, value):
+    change_weights(folder, **{"transformer.ln_f.bias": torch.full((16,), value)})
+    says = refusal(huggingface.load, folder)
+    assert "model.safetensors: transformer.ln_f.bias is not finite: its training has diverged" in says
+    change_weights(folder, **{"transformer.ln_f.bias": torch.full((16,), 3e38)})
+    load(folder)  # Large weights are weights.
+
+
+def test_an_embedding_that_is_not_finite_is_no_untied_one(folder):
+    """NaN equals nothing, not even itself."""
+    wte = torch.full((50, 16), math.nan)
+    change_weights(folder, **{"transformer.wte.weight": wte, "lm_head.weight": wte.clone()})
+    assert "is not finite" in refusal(huggingface.load, folder)
+
+
+def test_a_weight_that_overflows_float32_is_not_finite():
+    model = random_model(**SMALL)
+    state = {name: p.double() for name, p in model.state_dict().items()}
+    state["transformer.wpe.weight"][0, 0] = 1e300
+    with pytest.raises(Diverged, match="transformer.wpe.weight"):
+        assemble(model.config, state)
+
+
+def nested(p):
+    return torch.nested.nested_tensor([p[0], p[1, :1]])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "form",
+    [
+        *(lambda p, dtype=dtype: p.to(dtype) for dtype in (torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64)),
+        lambda p: torch.quantize_per_tensor(p, 0.1, 0, torch.qint8),
+        torch.Tensor.to_sparse,
+        torch.Tensor.to_sparse_csr,
+        torch.Tensor.to_mkldnn,
+        lambda p: p.to("meta"),
+        torch._neg_view,
+        nested,
+    ],
+)
+def test_a_tensor_that_is_not_plain_is_refused_by_name(form):
+    model = random_model(**SMALL)
+    state = model.state_dict()
+    with pytest.raises(ValueError, match="transformer.wpe.weight is of .* wanted is a plain tensor of floats"):
+        assemble(model.config, state | {"transformer.wpe.weight": form(state["transformer.wpe.weight"])})
+
+
+def test_weights_in_one_piece_of_memory_are_taken_apart(tmp_path):
+    """Training would change the one with the other. A view of more would be saved with all that it views."""
+    model = random_model(**SMALL)
+    state = model.state_dict()
+    one, two, part, expanded = (f"transformer.h.{i}.ln_{j}.weight" for i in range(2) for j in (1, 2))
+    state[two] = state[one]
+    state[part] = torch.randn(1000)[7:23]
+    state[expanded] = torch.ones(1).expand(16)
+    again = assemble(model.config, state)
+    assert same_bits(again.state_dict(), state)
+    parameters = list(again.parameters())
+    assert len({p.untyped_storage().data_ptr() for p in parameters}) == len(parameters)
+    assert all(p.untyped_storage().nbytes() == p.nbytes and p.is_contiguous() for p in parameters)
+    assert again.lm_head.weight is again.transformer.wte.weight
+    again.transformer.h[0].ln_1.weight.data.zero_()
+    assert again.transformer.h[0].ln_2.weight.all()
 
 
 def test_weights_of_a_layer_too_many_are_refused(folder):
@@ -250,6 +356,133 @@ def test_a_tokenizer_json_without_a_vocabulary_is_one_line(folder, content):
     assert "tokenizer.json is not a vocabulary" in refusal(huggingface.load, folder)
 
 
+def gpt2_files_with(**changes):
+    """GPT-2's tokenizer in transformers' files, and tokenizer.json with these changes."""
+    files = huggingface.tokenizer_files("gpt2")
+    return files | {"tokenizer.json": files["tokenizer.json"] | changes}
+
+
+def write_files(folder, files):
+    for name, content in files.items():
+        (folder / name).write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+
+
+def reversed_merges(as_pairs=False):
+    model = huggingface.tokenizer_files("gpt2")["tokenizer.json"]["model"]
+    merges = model["merges"][::-1]
+    return {"model": model | {"merges": [merge.split(" ") for merge in merges] if as_pairs else merges}}
+
+
+def merges_txt(step=1):
+    return "\n".join(["#version: 0.2", *huggingface.tokenizer_files("gpt2")["merges.txt"].splitlines()[1:][::step], ""])
+
+
+def another_vocab():
+    return {token: -i % 50257 for token, i in gpt2_vocab().items()}
+
+
+def token(id, content):
+    return {"added_tokens": [{"id": id, "content": content}]}
+
+
+def test_gpt2s_files_are_gpt2s_in_all_their_forms(of_gpt2s_size):
+    """Files of the years 2019 to 2025: merges as pairs or as texts, a token for padding, a class of its own."""
+    model = gpt2_files_with()["tokenizer.json"]["model"]
+    pairs = {"model": model | {"merges": [merge.split(" ") for merge in model["merges"]], "dropout": None}}
+    cut = {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}}
+    for files in (gpt2_files_with(), gpt2_files_with(**pairs), gpt2_files_with(**cut)):
+        write_files(of_gpt2s_size, files)
+        assert huggingface.load(of_gpt2s_size)[1] == "gpt2"
+    write_files(of_gpt2s_size, gpt2_files_with(**token(50257, "[PAD]")) | {"added_tokens.json": {"[PAD]": 50257}})
+    write_files(of_gpt2s_size, {"tokenizer_config.json": {"model_max_length": 1024}, "merges.txt": merges_txt()})
+    assert huggingface.load(of_gpt2s_size)[1] == "gpt2"
+
+
+CONTRADICTIONS = {
+    "merges.txt in another order": lambda: {"merges.txt": merges_txt(-1)},
+    "the same beside GPT-2's vocabulary": lambda: {"merges.txt": merges_txt(-1), "vocab.json": gpt2_vocab()},
+    "a merge too few": lambda: {"merges.txt": merges_txt().rsplit("\n", 2)[0]},
+    "merges of texts": lambda: gpt2_files_with(**reversed_merges()),
+    "merges of pairs": lambda: gpt2_files_with(**reversed_merges(as_pairs=True)),
+    "another tokenizer.json": lambda: gpt2_files_with(model={"type": "BPE", "vocab": another_vocab()}),
+    "another kind of model": lambda: gpt2_files_with(model={"type": "WordPiece", "vocab": gpt2_vocab()}),
+    "words and scores": lambda: {"tokenizer.json": {"model": {"type": "Unigram", "vocab": [["a", -1.0]]}}},
+    "text in lower case": lambda: gpt2_files_with(normalizer={"type": "Lowercase"}),
+    "another cut": lambda: gpt2_files_with(pre_tokenizer={"type": "Whitespace"}),
+    "no cut": lambda: gpt2_files_with(pre_tokenizer=None),
+    "a space before the text": lambda: gpt2_files_with(
+        pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}
+    ),
+    "a token of another": lambda: gpt2_files_with(**token(464, "<s>")),
+    "an end-of-text of another id": lambda: gpt2_files_with(**token(50257, "<|endoftext|>")),
+    "an added one that is there": lambda: gpt2_files_with(**token(50257, "Hello")),
+    "an added one in a file of its own": lambda: {"added_tokens.json": {"<s>": 464}},
+    "an added one in the settings": lambda: {
+        "tokenizer_config.json": {"added_tokens_decoder": {"464": {"content": "<s>"}}}
+    },
+    "another class": lambda: {"tokenizer_config.json": {"tokenizer_class": "LlamaTokenizer"}},
+    "pieces of sentences": lambda: {"spiece.model": "x"},
+    "words": lambda: {"vocab.txt": "[PAD]\n"},
+}
+
+
+@pytest.mark.parametrize("named", [{}, {"tokenizer_spec": "gpt2"}], ids=["found", "named"])
+@pytest.mark.parametrize("name", CONTRADICTIONS)
+def test_a_file_that_contradicts_gpt2s_makes_the_tokenizer_unknown(of_gpt2s_size, name, named):
+    hf = json.loads((of_gpt2s_size / "config.json").read_text())
+    (of_gpt2s_size / "config.json").write_text(json.dumps(hf | named))
+    files = CONTRADICTIONS[name]()
+    write_files(of_gpt2s_size, files)
+    spec = huggingface.load(of_gpt2s_size)[1]
+    assert spec.startswith(tokenizer.UNKNOWN) and spec.endswith(" is not GPT-2's")
+    assert any(file in spec for file in files)
+
+
+def test_a_class_named_in_config_json_is_evidence(tmp_path):
+    """Chinese GPT-2s name BERT's there."""
+    folder = save_huggingface(random_model(**SMALL), tmp_path, tokenizer_class="BertTokenizer")
+    assert "the tokenizer_class of" in huggingface.load(folder)[1]
+
+
+def test_a_local_folder_of_the_name_gpt2_is_looked_at(of_gpt2s_size, monkeypatch):
+    monkeypatch.chdir(of_gpt2s_size.parent)
+    of_gpt2s_size.rename("gpt2")
+    write_vocab(of_gpt2s_size.with_name("gpt2"), "vocab.json", another_vocab())
+    assert huggingface.load("gpt2")[1] == f"{tokenizer.UNKNOWN}the vocab.json of gpt2 is not GPT-2's"
+
+
+@pytest.mark.parametrize(("spec", "other"), [("bytes", "char:" + "".join(map(chr, range(50)))), ("char:ab", "char:ba")])
+def test_the_files_of_another_tokenizer_contradict_the_name_of_ours(spec, other, folder):
+    hf = json.loads((folder / "config.json").read_text()) | {"tokenizer_spec": spec}
+    (folder / "config.json").write_text(json.dumps(hf))
+    write_files(folder, huggingface.tokenizer_files(spec))
+    assert huggingface.load(folder)[1] == spec
+    write_files(folder, huggingface.tokenizer_files(other))
+    assert huggingface.load(folder)[1].startswith(f"{tokenizer.UNKNOWN}the tokenizer.json of ")
+
+
+@pytest.mark.parametrize("kind", ["fifo", "folder", "link"])
+@pytest.mark.parametrize("file", huggingface.VOCABULARIES)
+def test_evidence_that_is_no_regular_file_is_refused(folder, file, kind):
+    make = {"fifo": os.mkfifo, "folder": os.mkdir, "link": lambda path: os.symlink("nowhere", path)}
+    make[kind](folder / file)
+    assert f"{file} is not a regular file" in refusal(huggingface.load, folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        *((file, content) for file in ("added_tokens.json", "tokenizer_config.json") for content in ("[]", "{", "3")),
+        ("added_tokens.json", '{"[PAD]": "b"}'),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"x": 3}}'),
+        ("tokenizer.json", '{"model": {"vocab": {}, "merges": [3]}}'),
+    ],
+)
+def test_damaged_evidence_is_one_line(folder, file, content):
+    (folder / file).write_text(content)
+    assert f"{file} is not a vocabulary" in refusal(huggingface.load, folder)
+
+
 @pytest.mark.parametrize("spec", [3, ["gpt2"], "char:", "char:aa", "char:\ud800"])
 def test_a_named_tokenizer_that_is_none_is_refused(spec, tmp_path):
     folder = save_huggingface(random_model(**SMALL), tmp_path, tokenizer_spec=spec)
@@ -298,4 +531,65 @@ def test_nothing_that_could_run_code_is_asked_for(monkeypatch, folder):
     huggingface.load("gpt2-large")
     ((repo, patterns),) = asked
     assert repo == "openai-community/gpt2-large"
-    assert sorted(patterns) == ["config.json", "model.safetensors", "tokenizer.json", "vocab.json"]
+    weights_and_texts = {"config.json", "model.safetensors", "tokenizer.json", "vocab.json", "merges.txt"}
+    weights_and_texts |= {"tokenizer_config.json", "added_tokens.json", "vocab.txt", "bpe.codes"}
+    # The presence of these says that the tokenizer is another. They are not read.
+    not_read = {"spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "spm.model"}
+    assert set(patterns) == weights_and_texts | not_read
+
+
+# ---- a hub that never answers ----
+
+
+@pytest.fixture
+def silent_hub(monkeypatch, tmp_path):
+    """A server that accepts connections and never sends a byte."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(huggingface, "SILENCE", 0.3)
+        yield url
+
+
+def test_a_hub_that_never_answers_is_said_and_left(silent_hub, script):
+    began = time.perf_counter()
+    status, out, err = script("sample", "--init_from=gpt2")
+    assert (status, out, time.perf_counter() - began < 10) == (2, "", True)
+    fetching, line = err.splitlines()
+    assert fetching == "fetching openai-community/gpt2 from the hub"
+    assert line.startswith("sample.py: gpt2 cannot be had from the hub (TimeoutError: no byte came in 0.3 seconds)")
+
+
+def test_one_process_of_many_says_that_it_fetches(silent_hub, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    refusal(huggingface.load, "gpt2")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_slow_hub_is_waited_for_while_bytes_come(monkeypatch, tmp_path, folder):
+    blobs = tmp_path / "hub/models--openai-community--gpt2/blobs"
+
+    def download(repo, allow_patterns):
+        blobs.mkdir(parents=True)
+        for _ in range(8):
+            with open(blobs / "0.incomplete", "ab") as f:
+                f.write(b"a byte and more")
+            time.sleep(0.1)
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface, "SILENCE", 0.3)
+    assert huggingface.load("gpt2")[1] == "gpt2"
+
+
+@pytest.mark.parametrize("variable", ["HF_HUB_DOWNLOAD_TIMEOUT=x", "HF_ENDPOINT=http://127.0.0.1:99999"])
+def test_an_environment_that_the_hubs_client_can_not_read_is_one_line(variable, tmp_path):
+    """The client reads it when it is imported, so this takes a process."""
+    env = os.environ | {"HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)} | dict([variable.split("=", 1)])
+    code = "import sys, sample; sys.argv = ['sample.py', '--init_from=gpt2']; sample.settings.run(sample.main)"
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert (done.returncode, done.stdout) == (2, "") and len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("sample.py: gpt2 cannot be had from the hub (ValueError: ")
