@@ -1,5 +1,6 @@
 """What several test files share: scripts run in this process, tiny corpora and models, files as others write them."""
 
+import gc
 import importlib
 import io
 import json
@@ -31,6 +32,13 @@ needs_wikitext = pytest.mark.skipif(
 def one_thread():
     """Models as small as these only wait for a second thread."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def imports_are_no_garbage():
+    """Python's collector would look through the 200,000 objects of torch and transformers again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 # ---- scripts ----
