@@ -99,7 +99,9 @@ def pytest_fault(args):
     for before, arg in zip(["", *args], args, strict=False):
         if before == "-m" and arg not in known:
             return f"there is no marker {arg}"
-        if before != "-m" and arg != "-m" and not (ROOT / arg).exists():
+        if before == "-n" and not arg.isdigit():
+            return f"{arg} is no number of processes"
+        if not {before, arg} & {"-m", "-n"} and not (ROOT / arg).exists():
             return f"there is no {arg}"
     return ""
 
@@ -126,7 +128,7 @@ def test_each_set_up_is_one_line_that_does_all():
     venv, python = ["python3", "-m", "venv", ".venv"], ".venv/bin/python"
     assert demo[0] == tests[0] == venv
     assert demo[2] == [python, "train.py", "config/demo.py"] and demo[3][:2] == [python, "sample.py"]
-    assert tests[2:] == [[python, "-m", "pytest"]]
+    assert tests[2:] == [[python, "-m", "pytest", "-n", "2"]]
     for parts, files in ((demo, ["requirements.txt"]), (tests, ["requirements.txt", "requirements-dev.txt"])):
         assert parts[1] == [".venv/bin/pip", "install", "-q", *(word for file in files for word in ("-r", file))]
         assert all((ROOT / file).is_file() for file in files)
@@ -161,6 +163,7 @@ def test_commands_are_found():
         ("python eval.py --out_dir=out/a --stride", "a value is missing"),
         ("python sample.py --start='a; b | c' --top_k=x  # a comment", "whole number"),
         ("python -m pytest -m slwo", "no marker"),
+        ("python -m pytest -n tests", "no number of processes"),
         ("python -m pytest tests/test_nothing.py", "there is no"),
         ("python -m http.server", "unknown module"),
     ],
