@@ -4,6 +4,7 @@
     python sample.py --init_from=gpt2 --start="Once upon a time" --num_samples=4
     python sample.py --start=FILE:prompt.txt --temperature=0      greedy
     echo "def main" | python sample.py --start=-
+    python sample.py --interactive=True                           each line typed is a prompt, until Ctrl-D
     python sample.py --dtype=bfloat16                             rounded weights: faster for one sample on a CPU
 
 The text goes to standard output. What the program says of itself goes to standard error.
@@ -30,6 +31,7 @@ class Settings:
     out_dir: str = ""  # the run to sample from; '' is the newest under out/
     init_from: str = ""  # a model instead of a run: a checkpoint, gpt2*, a Hugging Face folder; '' is the run
     start: str = ""  # the prompt: text, FILE:path, or - for standard input; '' is the beginning of a document
+    interactive: bool = False  # take each line of standard input as a prompt, until the end of the file
     num_samples: int = 1  # samples that are drawn at once
     max_new_tokens: int = 500  # the most tokens that a sample gets; an end-of-text ends it earlier
     temperature: float = 0.8  # divisor of the logits: likelier text below 1; 0 always takes the likeliest token
@@ -45,15 +47,35 @@ def read_prompt(start):
     """The prompt that --start names. Raises UserError where it cannot be read."""
     try:
         if start == "-":
-            return sys.stdin.buffer.read().decode().removeprefix("\ufeff")
-        if start.startswith("FILE:"):
-            return Path(start[5:]).read_bytes().decode().removeprefix("\ufeff")
-        return start.encode("utf-8", "surrogateescape").decode()  # the bytes that the shell handed over
+            raw = sys.stdin.buffer.read()
+        elif start.startswith("FILE:"):
+            raw = Path(start[5:]).read_bytes()
+        else:
+            raw = start.encode("utf-8", "surrogateescape")  # the bytes that the shell handed over
     except OSError as error:
         raise UserError(f"--start={start}: {error.strerror}; name a file that can be read") from None
-    except UnicodeError as error:
-        unit = "character" if isinstance(error, UnicodeEncodeError) else "byte"
-        raise UserError(f"the prompt is not UTF-8 at {unit} {error.start}; convert it") from None
+    except UnicodeEncodeError as error:
+        raise UserError(f"the prompt is not UTF-8 at character {error.start}; convert it") from None
+    return decode_prompt(raw)
+
+
+def decode_prompt(raw):
+    """The text of bytes, without a byte-order mark. Raises UserError."""
+    try:
+        return raw.decode().removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise UserError(f"the prompt is not UTF-8 at byte {error.start}; convert it") from None
+
+
+def typed_lines():
+    """The lines of standard input as bytes, each asked for when the one before was answered."""
+    while True:
+        settings.say("> ", file=sys.stderr, end="")
+        line = sys.stdin.buffer.readline()
+        if not line:
+            settings.say("", file=sys.stderr)
+            return
+        yield line.rstrip(b"\r\n")
 
 
 def encode_prompt(text, tok):
@@ -105,7 +127,9 @@ def main():
     settings.check(s, positive="num_samples max_new_tokens", not_negative="temperature top_k seed")
     if not 0 < s.top_p <= 1:
         raise UserError(f"top_p={s.top_p}: top_p is a probability, more than 0 and at most 1")
-    text = read_prompt(s.start)
+    if s.interactive and s.start:
+        raise UserError("start and interactive exclude each other; drop one")
+    text = "" if s.interactive else read_prompt(s.start)
     rt = runtime.choose(s.device, s.dtype, compile=False)
     opened = checkpoint.open_run(s.out_dir, s.init_from)
     tok = tokenizer.load(tokenizer.spec_of_model(opened))
@@ -118,28 +142,42 @@ def main():
         raise UserError(f"num_samples={s.num_samples:,} at once do not fit in memory; take a smaller --num_samples")
     if packs:
         pack(model, s.num_samples, rt.dtype)
-    prompt = encode_prompt(text, tok)
+    prompt = [] if s.interactive else encode_prompt(text, tok)
     settings.say(f"{opened.name}: step {opened.iter_num:,}; {rt.why}", file=sys.stderr)
-    if len(prompt) > c.block_size:
-        settings.say(f"of the prompt's {len(prompt):,} tokens the last {c.block_size:,} are read", file=sys.stderr)
-
     if hasattr(sys.stdout, "reconfigure"):  # A notebook's stream can't, and is UTF-8.
         sys.stdout.reconfigure(encoding="utf-8")
     generator = torch.Generator(rt.device).manual_seed(s.seed)
-    options = dict(temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, eot=tok.eot, vocab_size=tok.vocab_size)
     advice = runtime.memory_advice("; take a smaller --num_samples")
     with torch.inference_mode(), nullcontext() if packs else rt.autocast(), advice:
-        idx = torch.tensor([prompt] * s.num_samples, device=rt.device)  # (B, T)
-        drawn = model.generate(idx, s.max_new_tokens, **options, generator=generator)
-        began = time.perf_counter()
-        try:
-            count = write_as_drawn(text, drawn, tok) if s.num_samples == 1 else write_samples(text, drawn, tok)
-        except ValueError as error:
-            raise UserError(f"{opened.name}: {error}") from None
-        except OSError as error:
-            if isinstance(error, BrokenPipeError):
-                raise
-            raise UserError(f"the text can't be written ({error.strerror}); make room for it") from None
+        if not s.interactive:
+            write(text, prompt, opened, tok, s, generator)
+        for line in typed_lines() if s.interactive else ():
+            try:
+                text = decode_prompt(line)
+                prompt = encode_prompt(text, tok)
+            except UserError as error:  # The next line may be a better one.
+                settings.say(error, file=sys.stderr)
+            else:
+                write(text, prompt, opened, tok, s, generator)
+
+
+def write(text, prompt, opened, tok, s, generator):
+    """Print samples that go on from a prompt, of which `prompt` are the ids. Raises UserError."""
+    model, block_size = opened.model, opened.model.config.block_size
+    if len(prompt) > block_size:
+        settings.say(f"of the prompt's {len(prompt):,} tokens the last {block_size:,} are read", file=sys.stderr)
+    options = dict(temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, eot=tok.eot, vocab_size=tok.vocab_size)
+    idx = torch.tensor([prompt] * s.num_samples, device=generator.device)  # (B, T)
+    drawn = model.generate(idx, s.max_new_tokens, **options, generator=generator)
+    began = time.perf_counter()
+    try:
+        count = write_as_drawn(text, drawn, tok) if s.num_samples == 1 else write_samples(text, drawn, tok)
+    except ValueError as error:
+        raise UserError(f"{opened.name}: {error}") from None
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise UserError(f"the text can't be written ({error.strerror}); make room for it") from None
     settings.say(f"{count:,} tokens, {count / (time.perf_counter() - began):,.1f} tokens/s", file=sys.stderr)
 
 

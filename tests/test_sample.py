@@ -194,6 +194,39 @@ def test_a_prompt_is_text_a_file_or_standard_input(text):
     assert text("--start=FILE:a prompt.txt") == shown
 
 
+def test_each_line_that_is_typed_is_a_prompt(run):
+    """The generator goes on, so that a prompt typed again gets other text. A line that is no prompt ends nothing."""
+    save_run(random_model(block_size=32))
+    tok, generator = tokenizer.load("bytes"), torch.Generator().manual_seed(1337)
+    wanted = ""
+    for prompt in ("ab", "cde", "ab"):
+        drawn = random_model(block_size=32).generate(
+            torch.tensor([list(prompt.encode())]),
+            5,
+            0.8,
+            200,
+            eot=tok.eot,
+            vocab_size=tok.vocab_size,
+            generator=generator,
+        )
+        wanted += (
+            prompt + tok.decode([i for ids in drawn if (i := ids.item()) != tok.eot]).decode("utf-8", "replace") + "\n"
+        )
+    status, out, err = run("--interactive=True", "--max_new_tokens=5", stdin=b"ab\r\n\xff\ncde\nab")
+    assert (status, out) == (0, wanted)
+    assert err.count("> ") == 5 and "not UTF-8 at byte 0" in err
+
+
+def test_a_typed_character_that_a_tokenizer_lacks_ends_nothing(run):
+    save_run(random_model(vocab_size=2), tokenizer="char:ab")
+    status, out, err = run("--interactive=True", "--max_new_tokens=1", stdin="ä\nab\n".encode())
+    assert status == 0 and out.startswith("ab") and "ä" in err
+
+
+def test_a_prompt_beside_interactive_is_a_mistake(mistake):
+    assert "start and interactive exclude each other" in mistake("--interactive=True", "--start=a")
+
+
 def test_an_empty_prompt_is_the_beginning_of_a_document(text):
     model = random_model()
     save_run(model)
