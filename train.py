@@ -232,11 +232,8 @@ def log_line(row, max_iters, seconds_left):
 def main():
     s = settings.load(Settings)
     check(s)
-    with (
-        processes.lost_process_advice(),
-        runtime.memory_advice(ahead.smaller_batch(s)),
-        checkpoint.Writer() as writer,
-    ):
+    memory_advice = runtime.memory_advice(ahead.smaller_batch(s))
+    with processes.lost_process_advice(), memory_advice, checkpoint.Writer() as writer:
         status = train(s, writer)
         processes.leave()  # An evaluation and a finished run have not left yet.
     sys.exit(status)
