@@ -5,6 +5,9 @@
 # The model has 0.8 M parameters. A step is 16 sequences x 128 bytes = 2,048 bytes. 1,000 steps are 2.0 M bytes, which
 # read a text of a megabyte twice and one of 100 kilobytes twenty times. Small texts are learned by heart, so the run
 # ends after three evaluations that are no better, and best.pt has the best.
+#
+# A novel of 785 kilobytes took 2 min 9 s on two cores of an AMD EPYC. The validation loss was 1.302, which is 1.88 bits
+# per byte (2026-11-26).
 out_dir = "out/text_small"
 dataset = "notes"
 
