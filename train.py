@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lib import ahead, checkpoint, data, prepare, processes, resume, runtime, settings
-from lib.clock import Clock
+from lib.clock import Clock, clock_time
 from lib.run import Run
 from lib.settings import UserError
 from model import GPT, GPTConfig
@@ -225,8 +225,7 @@ def log_line(row, max_iters, seconds_left):
     parts += [f"lr {row['lr']:.2e}", f"norm {row['grad_norm']:.2f}", f"{row['tokens_per_sec']:,.0f} tokens/s"]
     parts += [f"MFU {row['mfu']:.1%}"] if row["mfu"] else []
     parts += [f"scale {row['loss_scale']:.0f}, {row['skipped_steps']:,} skipped"] if "loss_scale" in row else []
-    minutes, seconds = divmod(int(seconds_left), 60)
-    return " | ".join([*parts, f"{minutes // 60}:{minutes % 60:02}:{seconds:02} left"])
+    return " | ".join([*parts, f"{clock_time(int(seconds_left))} left"])
 
 
 def main():

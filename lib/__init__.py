@@ -1,8 +1,8 @@
 """What the scripts share. Imports run one way, and no file of lib imports a script. `a <- b` says that b imports a:
 
 settings <- files <- tokenizer <- data <- prepare <- text, wikitext; settings <- processes <- runtime;
-model.py <- assemble; tokenizer, assemble <- huggingface <- checkpoint <- resume <- run; settings <- clock <- ahead;
-data, tokenizer <- sampling; sampling, describe <- run.
+model.py <- assemble; tokenizer, assemble <- huggingface <- checkpoint <- resume <- run; settings <- clock;
+clock <- ahead, describe; data, tokenizer <- sampling; sampling, describe <- run.
 """
 
 import sys

@@ -19,6 +19,12 @@ def duration(seconds):
     return f"{seconds:,.2g} seconds" if seconds < 10 else f"{seconds:,.0f} seconds"
 
 
+def clock_time(seconds):
+    """Whole seconds as hours:minutes:seconds."""
+    minutes, seconds = divmod(seconds, 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+
+
 class Clock:
     """Times the steps, without evaluations and saving. Of several processes only the first one speaks."""
 

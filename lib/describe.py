@@ -10,6 +10,8 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
+from lib.clock import clock_time
+
 import torch
 
 ROOT = Path(__file__).parent.parent
@@ -64,8 +66,7 @@ def outcome(rows, state, rt):
 
 def summary(found):
     """The few figures of an outcome that one looks for first, as a line."""
-    hours, rest = divmod(round(found["seconds"]), 3600)
-    parts = [f"{hours}:{rest // 60:02}:{rest % 60:02} of training"]
+    parts = [f"{clock_time(round(found['seconds']))} of training"]
     parts += [f"{found['tokens_per_sec']:,.0f} tokens/s"] if found["tokens_per_sec"] else []
     parts += [f"{found['peak_memory'] / 1e9:.2f} GB"] if found["peak_memory"] else []
     parts += [f"loss {found['final_loss']:.4f}"] if found["final_loss"] is not None else []

@@ -126,11 +126,8 @@ class Run:
         except ValueError as error:
             text = f"no sample: {error}"
         self.rt.say(text)
-        try:
-            self.check_folder()
-            files.append_line(self.folder / "samples.txt", f"---- step {self.state.step:,} ----\n{text}")
-        except OSError as error:
-            self.rt.say(f"{self.out / 'samples.txt'} could not be written ({error.strerror}); training goes on")
+        with self.record("samples.txt") as path:
+            files.append_line(path, f"---- step {self.state.step:,} ----\n{text}")
 
     def log_row(self):
         """Add the row of this step to metrics.jsonl and to W&B. A resume at this step replaces it."""
@@ -139,21 +136,15 @@ class Run:
             return
         # JSON has no NaN and no infinity: null says that a figure was not finite.
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        try:
-            self.check_folder()
-            files.append_line(self.folder / "metrics.jsonl", json.dumps(finite))
-        except OSError as error:
-            self.rt.say(f"{self.out / 'metrics.jsonl'} could not be written ({error.strerror}); training goes on")
+        with self.record("metrics.jsonl") as path:
+            files.append_line(path, json.dumps(finite))
         self.wandb.log(row)
 
     def write_description(self, **figures):
         """Write run.json with these figures. It says what the run was; a failure to write it ends nothing."""
         self.description |= figures
-        try:
-            self.check_folder()
-            files.write_text(self.folder / "run.json", json.dumps(self.description, indent=2) + "\n")
-        except OSError as error:
-            self.rt.say(f"{self.out / 'run.json'} could not be written ({error.strerror}); training goes on")
+        with self.record("run.json") as path:
+            files.write_text(path, json.dumps(self.description, indent=2) + "\n")
 
     def finish(self, interrupted):
         """Bring the last step to the disk, and final.pt unless interrupted. Raises UserError where there is no room."""
@@ -179,6 +170,15 @@ class Run:
             self.wandb.finish()
 
     # ---- files ----
+
+    @contextlib.contextmanager
+    def record(self, name):
+        """The path of a file that is for people. A write to it that fails is reported, and ends nothing."""
+        try:
+            self.check_folder()
+            yield self.folder / name
+        except OSError as error:
+            self.rt.say(f"{self.out / name} could not be written ({error.strerror}); training goes on")
 
     def save(self, name, kept_names=()):
         """Begin to write the whole run as ckpt.pt, or its weights as best.pt or final.pt.
