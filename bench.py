@@ -1,13 +1,15 @@
 """Measure the scripts on this machine, each as a process of its own, beside what the hardware could do.
 
-    python bench.py                                                GPT-2 124 M, one sequence of 1,024
+    python bench.py                                                GPT-2 124 M, steps of 1 or on a GPU 128 sequences
+    python bench.py --peer=../nanoGPT                              and nanoGPT's train.py beside it, on the same data
     python bench.py --n_layer=6 --n_head=6 --n_embd=384 --block_size=256 --batch_size=16
     python bench.py --jobs=train --trace=trace.json                and where the time goes, for ui.perfetto.dev
     python bench.py --jobs=prepare --text='books/*.txt'
 
-The limits are measured too. That of training and evaluation is the rate of the model's own matrix products. That of
-sampling is reading the weights once for each token, and that of preparing is the tokenizer alone. Nothing is
-downloaded: the text is Python's standard library, and the weights are those that train.py draws.
+Jobs: prepare, train (AdamW), muon, dropout (AdamW with 0.1), eval, sample, samples (eight at once). The limits are
+measured too. That of training and evaluation is the rate of the model's own matrix products. That of sampling is
+reading the weights once for each token, and that of preparing is the tokenizer alone. Nothing is downloaded: the text
+is Python's standard library, and the weights are those that train.py draws.
 """
 
 import contextlib
@@ -15,13 +17,13 @@ import glob
 import json
 import os
 import re
+import shutil
 import signal
 import statistics
 import subprocess
 import sys
 import sysconfig
 import tempfile
-import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,24 +35,31 @@ from lib.settings import UserError
 import torch
 
 ROOT = Path(__file__).parent.resolve()
-JOBS = ("prepare", "train", "eval", "sample")
+TRAININGS = {"train": [], "muon": ["--optimizer=muon"], "dropout": ["--dropout=0.1"]}
+SAMPLINGS = {"sample": 1, "samples": 8}  # samples at once
+JOBS = ("prepare", *TRAININGS, "eval", *SAMPLINGS)
+# A GPU needs more work than a CPU to be busy, and more steps to be timed.
+DEFAULTS = {
+    "cpu": dict(jobs=("prepare", "train", "eval", "sample"), batch_size=1, gradient_accumulation_steps=1, steps=5),
+    "cuda": dict(jobs=JOBS, batch_size=16, gradient_accumulation_steps=8, steps=40),
+}
 WARM_UP = 2  # steps of training that do not count
 WEIGHTS = "--init_from=out/final.pt"  # the weights alone, as best.pt has them
 
 
 @dataclass
 class Settings:
-    jobs: tuple[str, ...] = JOBS  # what to measure: prepare, train, eval, sample
+    jobs: tuple[str, ...] = ()  # what to measure, a,b; '' is all on a GPU, and prepare,train,eval,sample elsewhere
+    peer: str = ""  # a folder with nanoGPT's sources, whose training is measured too; '' is none
     n_layer: int = 12  # blocks
     n_head: int = 12  # attention heads
     n_embd: int = 768  # channels
     block_size: int = 1024  # tokens in a sequence
-    batch_size: int = 1  # sequences in a micro-batch of training
-    gradient_accumulation_steps: int = 1  # micro-batches in a step
+    batch_size: int = 0  # sequences in a micro-batch of training; 0 is 16 on a GPU and 1 elsewhere
+    gradient_accumulation_steps: int = 0  # micro-batches in a step; 0 is 8 on a GPU and 1 elsewhere
     recompute: bool = False  # True computes each block again in the backward pass
-    steps: int = 5  # steps of training that count, by their median rate
+    steps: int = 0  # steps of training that count, by their median rate; 0 is 40 on a GPU and 5 elsewhere
     eval_tokens: int = 8192  # tokens to evaluate
-    num_samples: int = 1  # samples that are drawn at once
     max_new_tokens: int = 224  # tokens of each sample, after a prompt of 32
     text: str = ""  # a glob of UTF-8 files to prepare; '' is Python's standard library
     json: str = ""  # where the figures are written, - for standard output; '' is nowhere
@@ -64,12 +73,19 @@ class Settings:
 def check(s):
     settings.check(
         s,
-        positive="n_layer n_head n_embd block_size batch_size gradient_accumulation_steps steps eval_tokens "
-        "num_samples max_new_tokens",
+        positive="n_layer n_head n_embd block_size eval_tokens max_new_tokens",
+        not_negative="batch_size gradient_accumulation_steps steps",
         divisible="n_embd n_head",
     )
-    if wrong := [job for job in s.jobs or [""] if job not in JOBS]:
+    if wrong := [job for job in s.jobs if job not in JOBS]:
         raise UserError(f"jobs={wrong[0]}: take one or more of {','.join(JOBS)}")
+    if s.peer and not all(Path(s.peer, name).is_file() for name in ("train.py", "model.py", "configurator.py")):
+        raise UserError(
+            f"peer={s.peer} has no train.py, model.py and configurator.py; name a folder with nanoGPT's sources"
+        )
+    is_gpu = s.device.startswith("cuda") or s.device == "auto" and torch.cuda.is_available()
+    for key, value in DEFAULTS["cuda" if is_gpu else "cpu"].items():
+        setattr(s, key, getattr(s, key) or value)
     if s.trace and "train" not in s.jobs:
         raise UserError(f"trace={s.trace} is of training; add train to --jobs")
     if s.eval_tokens < 2:
@@ -85,28 +101,6 @@ def check(s):
 # ---- processes ----
 
 
-class Watch:
-    """Follows the GPUs' memory in a `with`: .peak is the most beyond what was used before, in bytes; 0 with no GPU."""
-
-    def __enter__(self):
-        self.peak, self.done, self.before = 0, threading.Event(), self.used()
-        self.thread = threading.Thread(target=self.follow)
-        self.thread.start()
-        return self
-
-    def used(self):
-        free_and_total = [torch.cuda.mem_get_info(i) for i in range(torch.cuda.device_count())]
-        return sum(total - free for free, total in free_and_total)
-
-    def follow(self):
-        while not self.done.wait(0.05):
-            self.peak = max(self.peak, self.used() - self.before)
-
-    def __exit__(self, *error):
-        self.done.set()
-        self.thread.join()
-
-
 # This runs between bench.py and a script. The system counts a process's peak from that of the process that started it.
 LAUNCH = """
 import resource, subprocess, sys
@@ -119,33 +113,35 @@ sys.exit(status)
 def run(folder, *command, env=None):
     """Run Python with these arguments in a folder. Returns its output and its memory. Raises UserError where it fails.
 
-    The output is [(seconds since the start, line)], the memory {"peak_memory": bytes, "peak_gpu_memory": bytes}.
+    The output is [(seconds since the start, line)], the memory {"peak_memory": bytes}.
     """
     began, lines = time.perf_counter(), []
-    with Watch() as watch:
-        process = subprocess.Popen(
-            [sys.executable, "-c", LAUNCH, *map(str, command)],
-            cwd=folder,
-            env=os.environ | {"PYTHONUNBUFFERED": "1"} | (env or {}),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-        )
-        try:
-            for line in process.stdout:
-                lines.append((time.perf_counter() - began, line.rstrip()))
-            process.wait()
-        except BaseException:  # An interrupt ends the script too.
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
+    process = subprocess.Popen(
+        [sys.executable, "-c", LAUNCH, *map(str, command)],
+        cwd=folder,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"} | (env or {}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    try:
+        for line in process.stdout:
+            lines.append((time.perf_counter() - began, line.rstrip()))
+        process.wait()
+    except BaseException:  # An interrupt ends the script too.
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
     _, peak = lines.pop()
     if process.returncode:
         script = next((Path(word).name for word in map(str, command) if word.endswith(".py")), "python")
         raise UserError(f"{script} failed: {lines[-1][1] if lines else 'without a word'}")
     unit = 1 if sys.platform == "darwin" else 1024
-    return lines, {"peak_memory": int(peak) * unit, "peak_gpu_memory": watch.peak}
+    for _, line in lines:
+        if "going on without it" in line:  # What could not be compiled would be measured as if it had been.
+            print(line, flush=True)
+    return lines, {"peak_memory": int(peak) * unit}
 
 
 def find(pattern, lines):
@@ -249,9 +245,9 @@ def evaluation(s, folder, machine):
     return {"tokens_per_sec": number(r"^([\d,]+) tokens/s", lines)} | memory
 
 
-def sampling(s, folder, machine):
+def sampling(s, folder, machine, num_samples):
     prompt = "--start=" + 32 * " the"  # one token each
-    lengths = [f"--num_samples={s.num_samples}", f"--max_new_tokens={s.max_new_tokens}"]
+    lengths = [f"--num_samples={num_samples}", f"--max_new_tokens={s.max_new_tokens}"]
     lines, memory = run(folder, ROOT / "sample.py", WEIGHTS, prompt, *lengths, *machine)
     return {"tokens_per_sec": number(r"tokens, ([\d.,]+) tokens/s", lines)} | memory
 
@@ -259,6 +255,29 @@ def sampling(s, folder, machine):
 def training_rate(rows):
     """Tokens/s of the median step from the rows of metrics.jsonl, without the first steps."""
     return statistics.median(row["tokens_per_sec"] for row in rows if row["step"] > WARM_UP)
+
+
+def peer_training(s, folder, machine):
+    """Figures of nanoGPT's train.py with the same model, data and steps. It reads data/ and a file of its own there."""
+    shutil.copy(Path(s.peer, "configurator.py"), folder)
+    keys = "n_layer n_head n_embd block_size batch_size gradient_accumulation_steps"
+    command = [f"--{key}={getattr(s, key)}" for key in keys.split()] + machine
+    command += [
+        "--dataset=bench",
+        "--out_dir=peer",
+        "--bias=True",
+        "--log_interval=1",
+        f"--max_iters={WARM_UP + s.steps}",
+    ]
+    command += [
+        "--eval_interval=1000000",
+        "--eval_iters=1",
+        f"--compile={s.compile in (True, 'auto') and 'cuda' in machine[0]}",
+    ]
+    lines, memory = run(folder, Path(s.peer, "train.py").resolve(), *command)
+    times = [float(m[1]) / 1e3 for _, line in lines if (m := re.match(r"iter \d+: loss .*, time ([\d.]+)ms", line))]
+    step = s.batch_size * s.gradient_accumulation_steps * s.block_size
+    return {"tokens_per_sec": step / statistics.median(times[WARM_UP:])} | memory
 
 
 def measure(s, folder):
@@ -295,11 +314,21 @@ def measure(s, folder):
         rate = matmul_rate(s, device, dtype, training)
         return {"limit": rate / operations, "limit_is": f"products at {rate / 1e12:.3g} TFLOP/s"}
 
-    if "train" in s.jobs:
-        lines, memory = run(folder, *training(s, machine), f"--max_iters={WARM_UP + s.steps}", env=cache)
+    for job, changes in TRAININGS.items():
+        if job not in s.jobs:
+            continue
+        command = [*training(s, machine), *changes, f"--max_iters={WARM_UP + s.steps}"]
+        lines, memory = run(folder, *command, env=cache)
         rows = [json.loads(line) for line in (folder / "out/metrics.jsonl").read_text().splitlines()]
         figures = {"tokens_per_sec": training_rate(rows)} | products(flops, training=True) | memory
-        done("train", figures | {"first_step_cold": cold, "first_step_warm": first_step(lines)})
+        if device.type == "cuda":
+            peak = json.loads((folder / "out/run.json").read_text())["peak_memory"]
+            figures |= {"peak_gpu_memory": peak, "mfu": statistics.median(row["mfu"] or 0 for row in rows[WARM_UP:])}
+        done(job, figures | {"first_step_cold": cold, "first_step_warm": first_step(lines)})
+    if s.peer:
+        # nanoGPT takes no auto.
+        named = [f"--device={device}", f"--dtype={str(dtype).removeprefix('torch.')}"]
+        done("nanoGPT", peer_training(s, folder, named) | products(flops, training=True))
     if s.trace:
         traced = ["-c", TRACED, os.path.abspath(s.trace), WARM_UP, WARM_UP + 3]
         command = [*traced, *training(s, machine), f"--max_iters={WARM_UP + 3}"]
@@ -308,21 +337,25 @@ def measure(s, folder):
         print("\n".join(line for _, line in lines[begin:]))
     if "eval" in s.jobs:  # The forward pass is a third of the arithmetic of training.
         done("eval", evaluation(s, folder, machine) | products(flops / 3, training=False))
-    if "sample" in s.jobs:
-        rate = bandwidth(device)
-        limit = {"limit": s.num_samples * rate / (parameters * dtype.itemsize), "limit_is": f"{rate / 1e9:.3g} GB/s"}
-        done("sample", sampling(s, folder, machine) | limit)
+    for job, count in SAMPLINGS.items():
+        if job in s.jobs:
+            rate = bandwidth(device)
+            limit = {"limit": count * rate / (parameters * dtype.itemsize), "limit_is": f"{rate / 1e9:.3g} GB/s"}
+            done(job, sampling(s, folder, machine, count) | limit)
     return results
 
 
 def table(results):
-    head = ("job", "tokens/s", "limit", "share", "of", "memory GB", "GPU GB", "first step s: cold", "warm")
+    head = ("job", "tokens/s", "limit", "share", "of", "MFU", "memory GB", "GPU GB", "first step s: cold", "warm")
     rows = [head]
     for job, f in results.items():
-        sizes = [f"{f[k] / 1e9:.2f}" if f[k] else "-" for k in ("peak_memory", "peak_gpu_memory")]
+        mfu = f"{f['mfu']:.1%}" if f.get("mfu") else "-"
+        sizes = [f"{f[k] / 1e9:.2f}" if f.get(k) else "-" for k in ("peak_memory", "peak_gpu_memory")]
         first = [f"{f[k]:.1f}" if k in f else "-" for k in ("first_step_cold", "first_step_warm")]
         share = f"{f['tokens_per_sec'] / f['limit']:.0%}"
-        rows.append((job, f"{f['tokens_per_sec']:,.0f}", f"{f['limit']:,.0f}", share, f["limit_is"], *sizes, *first))
+        rows.append(
+            (job, f"{f['tokens_per_sec']:,.0f}", f"{f['limit']:,.0f}", share, f["limit_is"], mfu, *sizes, *first)
+        )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.rjust, row, widths)) for row in rows)
 

@@ -6,7 +6,7 @@ The state dict has nanoGPT's names.
 """
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
@@ -109,51 +109,62 @@ def compute_dtype(x):
 def output_weight(weight, dtype):
     """The output layer's weight (V, C) in the compute precision.
 
-    A cast copies the weight anyway. The copy gets rows of zeros up to a multiple of 64, which matrix units need to run
-    at full speed. The logits of those rows are cut off again (`[:, :V]`) before anything looks at them.
+    A copy gets rows of zeros up to a multiple of 64, which a GPU's matrix units need for full speed. The logits of
+    those rows are left out.
     """
-    if weight.dtype == dtype:
+    if weight.dtype == dtype and weight.device.type != "cuda":
         return weight
     padded = weight.new_zeros((-(-weight.size(0) // 64) * 64, weight.size(1)), dtype=dtype)
     padded[: weight.size(0)] = weight
     return padded
 
 
-def chunk_rows(vocab_size, device):
-    """Positions in a chunk: enough for fast matrix products, and few enough that the logits stay small.
+def chunk_rows(positions, weight, fused):
+    """Positions in a chunk, all chunks being equal: enough for fast products, few enough that the logits stay small.
 
-    On a CPU the logits stay near its cache.
+    On a CPU they stay near its cache. A GPU holds 2 GiB of them, or a quarter if not `fused`, which takes copies.
     """
-    budget = (1 << 24) if device.type == "cpu" else (1 << 28)  # logits
-    return max(64, budget // vocab_size // 64 * 64)
+    logits = (1 << 24) if weight.device.type == "cpu" else (1 << (31 if fused else 29)) // weight.itemsize
+    chunks = max(1, math.ceil(positions / max(64, logits // weight.size(0))))
+    return min(positions, math.ceil(positions / chunks / 64) * 64)
 
 
-def chunk_buffer(positions, weight):
+def chunk_buffer(positions, weight, fused=False):
     """An empty (rows, V) that takes the logits of each chunk in turn.
 
     Fresh memory for each chunk would cost a CPU more than the arithmetic. On a CPU the buffer is laid out by columns,
     since the product with the weight then runs 1.5 times as fast.
     """
-    V = weight.size(0)
-    rows = max(1, min(positions, chunk_rows(V, weight.device)))
+    V, rows = weight.size(0), max(1, chunk_rows(positions, weight, fused))
     return weight.new_empty(V, rows).T if weight.device.type == "cpu" else weight.new_empty(rows, V)
 
 
 def softmax_nll(logits, targets):
-    """(e (n, V), total (n, 1), nll (n, 1)) of logits (n, V) and targets (n, 1), in float32.
+    """(e (n, V), total (n, 1), nll (n, 1)) of float32 logits (n, V), which e overwrites, and targets (n, 1).
 
-    e / total is the softmax, and nll is -ln p of the targets. float32 logits are overwritten by e. The division is left
-    to the caller, which divides its products with e by `total`, since they are smaller than e.
+    e / total is the softmax, and nll is -ln p of the targets. The division is left to the caller, which divides its
+    products with e by `total`, since they are smaller than e.
     """
-    if logits.dtype != torch.float32:
-        logprobs = torch.log_softmax(logits, dim=1, dtype=torch.float32)
-        nll = -logprobs.gather(1, targets)
-        return logprobs.exp_(), torch.ones_like(nll), nll
     top = logits.amax(dim=1, keepdim=True)
     wanted = logits.gather(1, targets) - top
     e = logits.sub_(top).exp_()
     total = e.sum(dim=1, keepdim=True)
     return e, total, total.log() - wanted
+
+
+def fused_softmax_gradient_(logits, targets, V):
+    """nll (n, 1) of logits (n, >= V) and targets (n, 1). Softmax - one-hot overwrites the logits, and 0 those beyond V.
+
+    torch.compile makes two kernels of it, which read the logits twice and write them once.
+    """
+    column = torch.arange(
+        logits.size(1), device=logits.device
+    )  # A cut would leave rows that can't be read 16 bytes a time.
+    exact = logits.float().masked_fill(column >= V, -math.inf)
+    total = exact.logsumexp(dim=1, keepdim=True)
+    nll = total - exact.gather(1, targets)
+    logits.copy_((exact - total).exp() - (column == targets).float())
+    return nll
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -164,58 +175,58 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets):
-        """x (N, C), weight (V, C), targets (N,) -> float32 scalar."""
+    def forward(ctx, x, weight, targets, compiled=None):
+        """x (N, C), weight (V, C), targets (N,) -> float32 scalar. `compiled` is fused_softmax_gradient_, compiled."""
         dtype, V = compute_dtype(x), weight.size(0)
         h, w = x.to(dtype), output_weight(weight, dtype)
+        fused = compiled or (fused_softmax_gradient_ if dtype != torch.float32 else None)
         grad_x = torch.empty_like(h)
         grad_w = torch.zeros_like(w, dtype=torch.float32)
         total = torch.zeros((), dtype=torch.float32, device=x.device)
         scored = targets >= 0
-        logits = chunk_buffer(len(h), w)  # (rows, V and its padding)
+        logits = chunk_buffer(len(h), w, fused=bool(compiled))  # (rows, V and its padding)
         for i in range(0, len(h), len(logits)):
             part = slice(i, i + len(logits))
             index, counts = targets[part].clamp(min=0)[:, None], scored[part, None].float()
             products = torch.mm(h[part], w.T, out=logits[: len(index)])
-            e, mass, nll = softmax_nll(products[:, :V], index)
-            total += (nll * counts).sum()
             # The gradient of the sum of losses by the logits is softmax - one-hot, and 0 where the target does not
-            # count. e becomes `mass` times softmax - one-hot, and takes the place of the logits, whose padding is zero.
-            # The products with it are multiplied by `scale`: 1 / mass, or 0 where the target does not count.
-            e.scatter_add_(1, index, -mass)
-            if dtype != torch.float32:
-                products[:, :V] = e
-            scale = (counts / mass).to(dtype)
-            torch.mm(products, w, out=grad_x[part]).mul_(scale)
-            if dtype == torch.float32:
-                grad_w.addmm_(products.T, h[part] * scale)
+            # count. It takes their place, but for a factor: the products with it, which are smaller, have `scale`.
+            if fused:
+                nll, scale = fused(products, index, V), counts.to(dtype)
             else:
-                grad_w += products.T @ (h[part] * scale)
+                e, mass, nll = softmax_nll(products[:, :V], index)
+                e.scatter_add_(1, index, -mass)
+                scale = counts / mass
+            total += (nll * counts).sum()
+            torch.mm(products, w, out=grad_x[part]).mul_(scale)
+            if x.is_cuda and dtype != torch.float32:  # The matrix units add up in float32, and can hand it on.
+                torch.addmm(grad_w, products.T, h[part] * scale, out_dtype=torch.float32, out=grad_w)
+            else:
+                grad_w.addmm_(products.T.float(), (h[part] * scale).float())
         count = scored.sum()
         ctx.save_for_backward(grad_x, grad_w[:V], count)
-        ctx.dtypes = x.dtype, weight.dtype
         return total / count
 
     @staticmethod
     def backward(ctx, grad_output):
         grad_x, grad_w, count = ctx.saved_tensors
         scale = (grad_output / count).view(1, 1)  # With no dimensions it would not promote half precision to float32.
-        return (grad_x * scale).to(ctx.dtypes[0]), (grad_w * scale).to(ctx.dtypes[1]), None
+        return grad_x * scale, grad_w * scale, None, None
 
 
 def chunked_nll(x, weight, targets):
-    """-ln p of each target (N,) as float32 (N,), from x (N, C) and weight (V, C), without a gradient."""
-    dtype, V = compute_dtype(x), weight.size(0)
-    h, w = x.to(dtype), output_weight(weight, dtype)
-    logits, nll = chunk_buffer(len(h), w), h.new_empty(len(h), dtype=torch.float32)
-    for i in range(0, len(h), len(logits)):
-        part = slice(i, i + len(logits))
-        products = torch.mm(h[part], w.T, out=logits[: len(h[part])])
-        nll[part] = softmax_nll(products[:, :V], targets[part, None])[2][:, 0]
+    """-ln p of each target (N,) as float32 (N,), from x (N, C) and weight (V, C), without a gradient.
+
+    The logits are in float32, also where autocast has half precision, which would round them to three digits.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        h, w = x.float(), output_weight(weight.float(), torch.float32)
+        logits, nll = chunk_buffer(len(h), w), h.new_empty(len(h))
+        for i in range(0, len(h), len(logits)):
+            part = slice(i, i + len(logits))
+            products = torch.mm(h[part], w.T, out=logits[: len(h[part])])
+            nll[part] = softmax_nll(products[:, : weight.size(0)], targets[part, None])[2][:, 0]
     return nll
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 class GPT(nn.Module):
@@ -225,16 +236,14 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.recompute = False  # whether the backward pass computes a block's activations again
+        self.compiled_gradient = None  # fused_softmax_gradient_, compiled, where the model is
         with torch.device("meta"):  # torch's own initial values would take as long again as ours below.
-            self.transformer = nn.ModuleDict(
-                dict(
-                    wte=nn.Embedding(config.vocab_size, config.n_embd),
-                    wpe=nn.Embedding(config.block_size, config.n_embd),
-                    drop=nn.Dropout(config.dropout),
-                    h=nn.ModuleList([Block(config) for _ in range(config.n_layer)]),
-                    ln_f=nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias),
-                )
-            )
+            self.transformer = t = nn.ModuleDict()
+            t.wte = nn.Embedding(config.vocab_size, config.n_embd)
+            t.wpe = nn.Embedding(config.block_size, config.n_embd)
+            t.drop = nn.Dropout(config.dropout)
+            t.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
+            t.ln_f = nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
             self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.to_empty(device=torch.get_default_device())
         self.lm_head.weight = self.transformer.wte.weight  # tied
@@ -255,12 +264,14 @@ class GPT(nn.Module):
         c = self.config
         return 6 * self.num_params() + 12 * c.n_layer * c.n_embd * c.block_size
 
-    def compile_blocks(self):
-        """torch.compile every block in place. They share one compiled graph, and parameter names stay as they are."""
+    def compile_parts(self):
+        """torch.compile the loss and every block in place. The blocks share a graph, and names stay as they are."""
+        self.compiled_gradient = torch.compile(fused_softmax_gradient_, dynamic=False)
         for block in self.transformer.h:
             block.compile(dynamic=False)
 
-    def uncompile_blocks(self):
+    def uncompile_parts(self):
+        self.compiled_gradient = None
         for block in self.transformer.h:
             block._compiled_call_impl = None
 
@@ -274,12 +285,10 @@ class GPT(nn.Module):
             raise ValueError(f"{end} positions do not fit in block_size={self.config.block_size}")
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe.weight[past:end])  # (B, T, C)
         for i, block in enumerate(self.transformer.h):
-            if cache is not None:
-                x = block(x, cache[i], past)
-            elif self.recompute and torch.is_grad_enabled():
+            if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, use_reentrant=False)  # Both passes draw the same dropout.
             else:
-                x = block(x)
+                x = block(x, None if cache is None else cache[i], past)
         return self.transformer.ln_f(x)
 
     def forward(self, idx, targets=None):
@@ -287,7 +296,12 @@ class GPT(nn.Module):
         x = self.hidden(idx)
         if targets is None:
             return self.lm_head(x), None
-        return None, ChunkedCrossEntropy.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
+        return None, self.cross_entropy(x, targets)
+
+    def cross_entropy(self, x, targets):
+        """The mean loss of final hidden states x (B, T, C) and targets (B, T), where -1 does not count."""
+        weight = self.lm_head.weight
+        return ChunkedCrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten(), self.compiled_gradient)
 
     @torch.no_grad()
     def nll(self, idx, targets):
@@ -297,16 +311,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self,
-        idx,
-        max_new_tokens,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        eot=-1,
-        vocab_size=0,
-        generator=None,
-        use_cache=True,
+        self, idx, max_new_tokens, temperature=1, top_k=0, top_p=1, eot=-1, vocab_size=0, generator=None, use_cache=True
     ):
         """Continue the prompts idx (B, T >= 1), yielding the next id of each, (B,), as it is drawn.
 
@@ -320,23 +325,28 @@ class GPT(nn.Module):
         context, done = idx[:, -c.block_size :], torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
         shape = (c.n_layer, 2, len(idx), c.n_head, c.block_size, c.n_embd // c.n_head)
         dtype = compute_dtype(self.lm_head.weight)
-        cache, past = torch.empty(shape, dtype=dtype, device=idx.device) if use_cache else None, 0
+        cache, past = torch.zeros(shape, dtype=dtype, device=idx.device) if use_cache else None, 0
+        how = vocab_size, temperature, top_k, top_p, generator
         for _ in range(max_new_tokens):
             if context.size(1) > c.block_size:
                 context, past = context[:, -max(1, c.block_size // 2) :], 0
-            x = self.hidden(context[:, past:], cache, past)
+            drawn, finite = self.next_ids(context[:, past:], cache, past, *how)
             past = context.size(1) if use_cache else 0
-            logits = self.lm_head(x[:, -1])[:, : vocab_size or None].float()  # (B, V)
-            if not logits.isfinite().all():
-                raise ValueError("the model's logits are not finite: its training has diverged")
-            drawn = draw(logits, temperature, top_k, top_p, generator)  # (B,)
             if eot >= 0:
                 drawn = torch.where(done, eot, drawn)
                 done |= drawn == eot
+            finite, ended = torch.stack([finite, done.all()]).tolist()  # the one wait for the device
+            if not finite:
+                raise ValueError("the model's logits are not finite: its training has diverged")
             yield drawn
-            if eot >= 0 and done.all():
+            if ended:
                 return
             context = torch.cat([context, drawn[:, None]], dim=1)
+
+    def next_ids(self, idx, cache, past, vocab_size, *how):
+        """(ids (B,) drawn after idx (B, T) at the positions from `past` on, whether all logits are finite)."""
+        logits = self.lm_head(self.hidden(idx, cache, past)[:, -1])[:, : vocab_size or None].float()  # (B, V)
+        return draw(logits, *how), logits.isfinite().all()
 
     def optim_groups(self, weight_decay, muon=False):
         """Parameter groups in nanoGPT's order: matrices, which decay, then biases and norms, which do not.
@@ -352,9 +362,7 @@ class GPT(nn.Module):
     def crop_block_size(self, block_size):
         """Keep the first `block_size` positions."""
         self.config = replace(self.config, block_size=block_size)
-        self.transformer.wpe = nn.Embedding.from_pretrained(
-            self.transformer.wpe.weight.detach()[:block_size].clone(), freeze=False
-        )
+        self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight.detach()[:block_size].clone())
 
     def set_dropout(self, p):
         self.config = replace(self.config, dropout=p)
@@ -378,10 +386,7 @@ def draw(logits, temperature, top_k, top_p, generator=None):
         drop = probs.cumsum(dim=-1) - probs >= top_p
         drop[:, 0] = False
         logits = logits.masked_fill(drop, -math.inf)
-    drawn = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)  # (B, 1), of the k
+    # torch.multinomial draws a single id like this too, but waits for a GPU to check the probabilities.
+    waits = torch.empty_like(logits).exponential_(generator=generator)
+    drawn = (logits.softmax(dim=-1) / waits).argmax(dim=-1, keepdim=True)  # (B, 1), of the k
     return drawn[:, 0] if ids is None else ids.gather(1, drawn)[:, 0]
-
-
-def model_args(config):
-    """nanoGPT's seven arguments of a model. Its checkpoint format knows no n_inner."""
-    return {k: v for k, v in asdict(config).items() if k != "n_inner"}

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lib import checkpoint, runtime, settings, tokenizer
+from lib import captured, checkpoint, runtime, settings, tokenizer
 from lib.settings import UserError
 
 import torch
@@ -142,6 +142,8 @@ def main():
         raise UserError(f"num_samples={s.num_samples:,} at once do not fit in memory; take a smaller --num_samples")
     if packs:
         pack(model, s.num_samples, rt.dtype)
+    if rt.device.type == "cuda":
+        captured.capture(model, rt.dtype)
     prompt = [] if s.interactive else encode_prompt(text, tok)
     settings.say(f"{opened.name}: step {opened.iter_num:,}; {rt.why}", file=sys.stderr)
     if hasattr(sys.stdout, "reconfigure"):  # A notebook's stream can't, and is UTF-8.
@@ -168,7 +170,8 @@ def write(text, prompt, opened, tok, s, generator):
         settings.say(f"of the prompt's {len(prompt):,} tokens the last {block_size:,} are read", file=sys.stderr)
     options = dict(temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, eot=tok.eot, vocab_size=tok.vocab_size)
     idx = torch.tensor([prompt] * s.num_samples, device=generator.device)  # (B, T)
-    drawn = model.generate(idx, s.max_new_tokens, **options, generator=generator)
+    times = []
+    drawn = timed(model.generate(idx, s.max_new_tokens, **options, generator=generator), times)
     began = time.perf_counter()
     try:
         count = write_as_drawn(text, drawn, tok) if s.num_samples == 1 else write_samples(text, drawn, tok)
@@ -178,7 +181,17 @@ def write(text, prompt, opened, tok, s, generator):
         raise
     except OSError as error:
         raise UserError(f"the text can't be written ({error.strerror}); make room for it") from None
-    settings.say(f"{count:,} tokens, {count / (time.perf_counter() - began):,.1f} tokens/s", file=sys.stderr)
+    line = f"{count:,} tokens"
+    if len(times) > 1:  # The first one has the prompt's time in it.
+        line += f", {count * (1 - 1 / len(times)) / (times[-1] - times[0]):,.1f} tokens/s"
+    settings.say(f"{line}, the first after {times[0] - began:.2g} s", file=sys.stderr)
+
+
+def timed(drawn, times):
+    """Yield what is drawn, and put the time of each draw into a list."""
+    for ids in drawn:
+        times.append(time.perf_counter())
+        yield ids
 
 
 def write_as_drawn(prompt, drawn, tok):

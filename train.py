@@ -13,7 +13,7 @@ import sys
 from dataclasses import dataclass
 from typing import Literal
 
-from lib import ahead, checkpoint, data, prepare, processes, resume, runtime, settings
+from lib import ahead, captured, checkpoint, data, prepare, processes, resume, runtime, settings
 from lib.clock import Clock, clock_time
 from lib.run import Run
 from lib.settings import UserError
@@ -207,6 +207,18 @@ def make_optimizer(s, model, rt):
     return optimizer, torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == torch.float16)
 
 
+def make_micro_step(trained, scaler, accumulation, s, rt):
+    """A function of inputs and targets (B, T) that adds a micro-batch's share to the gradients and returns its loss."""
+
+    def micro_step(x, y):
+        with rt.autocast():
+            _, loss = trained(x, y)
+        scaler.scale(loss / accumulation).backward()
+        return loss.detach()
+
+    return captured.micro_step(micro_step, s, rt) if rt.compile and rt.device.type == "cuda" else micro_step
+
+
 def kept_names(s, state, sequences_per_step, sequences_per_epoch):
     """The names under which the checkpoint of this step is kept."""
     names = []
@@ -281,12 +293,13 @@ def train(s, writer):
     if start.path:
         resume.restore(start, optimizer, scaler)
     if rt.compile:
-        runtime.compile_blocks(model, rt, s.batch_size, s.block_size)
+        runtime.compile_parts(model, rt, s.batch_size, s.block_size)
     # The model is what is evaluated and saved. `trained` is the same, wrapped in DDP where there are several processes.
     trained = processes.wrap(model, rt, s.batch_size, s.block_size)
+    micro_step = make_micro_step(trained, scaler, accumulation, s, rt)
     batches = micro_batches(tokens, dataset.vocab_size, s, rt, state.sequence)
     if not s.max_iters:
-        rt.say(ahead.estimate(trained, batches, accumulation, max_iters, steps_per_epoch, rt))
+        rt.say(ahead.estimate(micro_step, batches, accumulation, max_iters, steps_per_epoch))
         return 0
     run = Run(s, rt, writer, start, model, optimizer, scaler, dataset)
     start.ckpt = {}  # This gives its memory back.
@@ -323,18 +336,16 @@ def train(s, writer):
             torch.manual_seed(data.seed_of(s.seed, state.step, micro))  # dropout's seed
             # DDP sums gradients in the last backward pass only, as its no_sync() has it. Other models ignore this.
             trained.require_backward_grad_sync = i == accumulation - 1
-            with rt.autocast():
-                _, micro_loss = trained(x, y)
-            scaler.scale(micro_loss / accumulation).backward()
+            loss_sum += micro_step(x, y) / s.gradient_accumulation_steps
             ready = next(batches)  # The next micro-batch is made and sent while a GPU still works on this one.
-            loss_sum += micro_loss.detach() / s.gradient_accumulation_steps
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
         # This is the only wait for the device in a step. A signal that one process received is summed with the losses,
         # so that all processes stop after the same step.
         sums = rt.sum(torch.stack([loss_sum, loss_sum.new_full((), stop.number)]))
-        norms = torch.stack([norm, torch.nn.utils.get_total_norm(model.parameters())])
-        loss, signals, norm, weight_norm = torch.cat([sums, norms]).tolist()
+        is_logged = (state.step + 1) % s.log_interval == 0 or state.step + 1 == max_iters
+        weight_norm = torch.nn.utils.get_total_norm(model.parameters()) if is_logged else torch.zeros_like(norm)
+        loss, signals, norm, weight_norm = torch.cat([sums, torch.stack([norm, weight_norm])]).tolist()
         stopping = signals > 0
         if math.isfinite(loss) and math.isfinite(norm):
             scaler.step(optimizer)
@@ -348,12 +359,12 @@ def train(s, writer):
             if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
                 raise run.diverged(f"{MAX_SKIPPED_IN_A_ROW} steps in a row were not finite")
         scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=not isinstance(micro_step, captured.Recorded))
         state.step, state.sequence = state.step + 1, state.sequence + sequences_per_step
         clock.end_step(max_iters - state.step)
 
         # -- report
-        if state.step % s.log_interval == 0 or state.step == max_iters:
+        if is_logged:
             speed = tokens_per_step / clock.lap()
             state.row = {
                 "step": state.step,

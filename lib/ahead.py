@@ -39,7 +39,7 @@ def warnings(s, max_iters, steps_per_epoch):
     return [f"warning: {line}" for line in lines]
 
 
-def estimate(trained, batches, accumulation, max_iters, steps_per_epoch, rt, limit=10.0):
+def estimate(micro_step, batches, accumulation, max_iters, steps_per_epoch, limit=10.0):
     """A line on the time of a step, an epoch and the whole. Weights do not change, gradients are dropped.
 
     A step is measured by its micro-batches: by all of them, or by those that fit into `limit` seconds, at least one.
@@ -49,12 +49,8 @@ def estimate(trained, batches, accumulation, max_iters, steps_per_epoch, rt, lim
     while len(seconds) < 2 or len(seconds) <= accumulation and time.perf_counter() - began < limit:
         start = time.perf_counter()
         _, x, y = next(batches)
-        with rt.autocast():
-            _, loss = trained(x, y)
-        loss.backward()
-        loss.item()  # This waits for the device.
+        micro_step(x, y).item()  # This waits for the device.
         seconds.append(time.perf_counter() - start)
-    trained.zero_grad(set_to_none=True)
     step = accumulation * sum(seconds[1:]) / (len(seconds) - 1)
     line = f"a step takes about {duration(step)}, an epoch {duration(step * steps_per_epoch)}"
     line += f", the whole {duration(step * max_iters)} without evaluations" if max_iters else ""

@@ -15,13 +15,13 @@ import warnings
 import zipfile
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lib import files, huggingface, settings, tokenizer
 from lib.assemble import Diverged, assemble
 from lib.settings import UserError
-from model import GPT, GPTConfig, model_args
+from model import GPT, GPTConfig
 
 import torch
 
@@ -264,8 +264,9 @@ def check_whole(checkpoint, path):
 
 
 def weights(model):
-    """The entries of a checkpoint that describe a model."""
-    return {"model": model.state_dict(), "model_args": model_args(model.config), "n_inner": model.config.n_inner}
+    """The entries of a checkpoint that describe a model. nanoGPT's model_args know no n_inner."""
+    args = asdict(model.config)
+    return {"model": model.state_dict(), "n_inner": args.pop("n_inner"), "model_args": args}
 
 
 def build(checkpoint, path):

@@ -63,8 +63,10 @@ def meet_all(rt, backend):
     except (torch.distributed.DistError, ValueError) as error:
         raise UserError(f"the processes can't meet ({error}); start them by torchrun") from None
     group = torch.distributed.PrefixStore(meet(store, rank, world_size), store)
-    backend = backend if rt.device.type == "cuda" else "gloo"
-    torch.distributed.init_process_group(backend, timeout=GROUP_TIMEOUT, world_size=world_size, rank=rank, store=group)
+    options = dict(timeout=GROUP_TIMEOUT, world_size=world_size, rank=rank, store=group)
+    if rt.device.type == "cuda" and backend == "nccl":
+        options["device_id"] = rt.device  # nccl asks for it at a barrier.
+    torch.distributed.init_process_group(backend if rt.device.type == "cuda" else "gloo", **options)
 
 
 def meet(store, rank, world_size):

@@ -138,7 +138,9 @@ def choose(device="auto", dtype="auto", compile="auto", training=False, determin
         raise UserError(f"device={device} is not supported; use auto, cuda, cuda:1, mps or cpu")
     if chosen.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        index = local_rank if world_size > 1 else chosen.index or 0
+        # A scheduler may show each process a GPU of its own. torchrun's processes see the same ones.
+        has_its_own = count == 1 and "TORCHELASTIC_RUN_ID" not in os.environ
+        index = local_rank if world_size > 1 and not has_its_own else chosen.index or 0
         if index >= count:
             raise UserError(
                 f"device={device}: torch {torch.__version__} sees {count} CUDA devices here; use device=cpu, fewer "
@@ -159,6 +161,8 @@ def choose(device="auto", dtype="auto", compile="auto", training=False, determin
     if chosen.type == "cuda":
         # People expect TF32 of float32 training on a GPU. An evaluation computes in the precision that it says.
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = training
+        # cuDNN makes a plan for each number of keys, for tens of milliseconds. Only training always has the same one.
+        torch.backends.cuda.enable_cudnn_sdp(training)
         if deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts.
             torch.use_deterministic_algorithms(True)
@@ -239,27 +243,27 @@ def check_memory(config, s, rt):
         )
 
 
-def compile_blocks(model, rt, batch_size, block_size):
-    """Compile the model's blocks and try one on the shape to come. Where that fails, say so and stay eager.
+def compile_parts(model, rt, batch_size, block_size):
+    """Compile the model's blocks and its loss, and try them on the shape to come. Where that fails, say so, stay eager.
 
     One block is enough to find out, since the others share its compiled graph. That graph is for training or for
-    evaluation, as the model's mode is.
+    evaluation, as the model's mode is. An evaluation has no loss to compile.
     """
     block, training = model.transformer.h[0], model.training
     h = torch.zeros(batch_size, block_size, model.config.n_embd, device=rt.device)
     if rt.device.type == "cpu":
         # Inductor would test for seconds whether the compiler makes vector code. A compiler that fails is met below.
         torch._inductor.config.cpp.vec_isa_ok = True
-    model.compile_blocks()
+    model.compile_parts()
     try:
         with rt.autocast(), torch.set_grad_enabled(training):
             y = block(h.requires_grad_(training))
             if training:
-                y.sum().backward()
+                model.cross_entropy(y, torch.zeros_like(y[..., 0], dtype=torch.long)).backward()
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        model.uncompile_blocks()
+        model.uncompile_parts()
         torch._dynamo.reset()
         reason = " ".join(str(error).split())[:120]
         settings.say(f"compile failed ({type(error).__name__}: {reason}); going on without it")

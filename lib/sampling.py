@@ -3,7 +3,9 @@
 from lib import data, tokenizer
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 PROMPT = 32  # ids of the validation text that are read
 
 
@@ -20,8 +22,8 @@ def continuation(model, dataset, s, rt, step):
     options = dict(temperature=0.8, top_k=200, eot=tok.eot, vocab_size=tok.vocab_size, generator=generator)
     was_training = model.training
     model.eval()
-    # A compiled graph would be made anew for each length.
-    with rt.autocast(), torch.compiler.set_stance("force_eager"):
+    # A compiled graph would be made anew for each length, and so would cuDNN's plan of attention.
+    with rt.autocast(), torch.compiler.set_stance("force_eager"), sdpa_kernel(WITHOUT_CUDNN):
         drawn = [i.item() for i in model.generate(torch.tensor([ids], device=rt.device), s.sample_tokens, **options)]
     model.train(was_training)
     drawn = drawn[: drawn.index(tok.eot)] if tok.eot in drawn else drawn

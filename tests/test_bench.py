@@ -72,8 +72,9 @@ def test_the_median_step_counts_without_the_first_ones():
     "args",
     [
         ["--jobs=trian"],
-        ["--jobs="],
-        ["--steps=0"],
+        ["--steps=-1"],
+        ["--peer=no/such/folder"],
+        ["--peer=."],
         ["--eval_tokens=1"],
         ["--n_embd=33", "--n_head=2"],
         ["--jobs=eval", "--trace=t.json"],
@@ -105,10 +106,46 @@ def test_sampling_and_what_it_stands_on(monkeypatch, tmp_path, capsys):
     (tmp_path / "text.txt").write_text("Some words, and some others.\n" * 400)
     call(monkeypatch, *SMALL, "--jobs=sample", f"--text={tmp_path}/*.txt", f"--json={tmp_path}/found.json")
     found = json.loads((tmp_path / "found.json").read_text())["results"]
-    assert list(found) == ["sample"] and said[-1].endswith(f"{found['sample']['tokens_per_sec']:,.1f} tokens/s")
+    assert list(found) == ["sample"] and f", {found['sample']['tokens_per_sec']:,.1f} tokens/s, the first" in said[-1]
     weights = 50257 * 16 + 12 * 16 * 16 + 13 * 16 + 2 * 16  # without positions
     assert found["sample"]["limit"] == pytest.approx(1e10 / (4 * weights), rel=0.01)
     assert f"{found['sample']['limit']:,.0f}" in capsys.readouterr().out.splitlines()[-1]
+
+
+PEER = """
+import sys
+sys.path.insert(0, ".")
+import configurator  # It lies where the command runs, as nanoGPT reads it.
+print("iter 0: loss 10.9, time 9000.00ms, mfu -100.00%")
+for i in range(1, 7):
+    print(f"iter {i}: loss 10.9, time {100 * i:.2f}ms, mfu 1.00%")
+open("peer.txt", "w").write(" ".join(sys.argv[1:]))
+"""
+
+
+def test_a_peer_has_the_same_work_and_the_median_of_its_steps_counts(tmp_path):
+    (tmp_path / "nanoGPT").mkdir()
+    for name, text in (("train.py", PEER), ("model.py", ""), ("configurator.py", "")):
+        (tmp_path / "nanoGPT" / name).write_text(text)
+    s = bench.Settings(
+        peer=str(tmp_path / "nanoGPT"), batch_size=4, gradient_accumulation_steps=2, block_size=32, steps=5
+    )
+    found = bench.peer_training(s, tmp_path, ["--device=cpu", "--dtype=float32"])
+    assert found["tokens_per_sec"] == pytest.approx(4 * 2 * 32 / 0.4)  # 200 to 600 ms
+    args = (tmp_path / "peer.txt").read_text().split()
+    assert {"--batch_size=4", "--gradient_accumulation_steps=2", "--block_size=32", "--compile=False"} <= set(args)
+
+
+def test_what_is_left_open_is_chosen_for_the_device(monkeypatch):
+    for device, jobs, batch in (("cpu", 4, 1), ("cuda", 7, 16)):
+        s = bench.Settings(device=device, steps=3)
+        bench.check(s)
+        assert (len(s.jobs), s.batch_size, s.steps) == (jobs, batch, 3)
+
+
+def test_what_was_not_compiled_is_said(tmp_path, capsys):
+    bench.run(tmp_path, "-c", "print('compile failed (no compiler); going on without it'); print('one'); print('two')")
+    assert capsys.readouterr().out == "compile failed (no compiler); going on without it\n"
 
 
 def test_an_interrupt_ends_the_script_and_leaves_nothing(tmp_path):
@@ -128,9 +165,10 @@ def test_an_interrupt_ends_the_script_and_leaves_nothing(tmp_path):
 @pytest.mark.slow
 def test_all_jobs_and_a_trace(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench, "matmul_rate", lambda *a: 1e12)
-    call(monkeypatch, *SMALL, f"--json={tmp_path}/found.json", f"--trace={tmp_path}/trace.json")
+    jobs = "--jobs=" + ",".join(bench.JOBS)
+    call(monkeypatch, *SMALL, jobs, f"--json={tmp_path}/found.json", f"--trace={tmp_path}/trace.json")
     found = json.loads((tmp_path / "found.json").read_text())["results"]
-    assert list(found) == ["prepare", "train", "eval", "sample"]
+    assert list(found) == list(bench.JOBS)
     for figures in found.values():
         assert 0 < figures["tokens_per_sec"] and 0 < figures["limit"]
         assert 20e6 < figures["peak_memory"] < 5e9

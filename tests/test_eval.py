@@ -155,7 +155,7 @@ def test_compiled_figures_are_the_eager_ones(monkeypatch, backend):
     monkeypatch.setattr(Block, "compile", lambda block, **how: compile_block(block, backend=backend, **how))
     monkeypatch.setattr(model, "nll", lambda x, y: shapes.add(x.shape) or scores(x, y))
     rt.compile = True
-    runtime.compile_blocks(model, rt, 3, 16)
+    runtime.compile_parts(model, rt, 3, 16)
     assert stream(model, ids, 16, 0, 3, rt) == pytest.approx(eager, rel=1e-6)
     assert model.transformer.h[0]._compiled_call_impl is not None  # It has not fallen back.
     assert shapes == {(3, 16)}  # four windows in two batches of one shape

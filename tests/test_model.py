@@ -118,12 +118,6 @@ def test_names_and_shapes_are_those_of_nanogpt(bias):
     assert {name: tuple(p.shape) for name, p in state.items()} == wanted
 
 
-def test_model_args_are_nanogpts_seven():
-    args = model.model_args(GPTConfig(**SMALL, n_inner=24, dropout=0.1, bias=False))
-    assert args == SMALL | dict(dropout=0.1, bias=False)
-    assert len(args) == 7
-
-
 @pytest.mark.parametrize(
     "shape",
     [
@@ -335,26 +329,28 @@ def exact_loss(x, weight, targets):
     )
 
 
+@pytest.mark.parametrize("fused", [None, model.fused_softmax_gradient_])
 @pytest.mark.parametrize("V", [64, 70])
 @pytest.mark.parametrize("rows", [1, 4, 7, 9, 10])
-def test_the_chunked_loss_is_exact_in_float32(rows, V, monkeypatch):
-    monkeypatch.setattr(model, "chunk_rows", lambda vocab_size, device: rows)
+def test_the_chunked_loss_is_exact_in_float32(rows, V, fused, monkeypatch):
+    monkeypatch.setattr(model, "chunk_rows", lambda positions, weight, fused: rows)
     x, weight, targets = loss_case(V=V)
-    got = value_and_gradients(lambda x, w: ChunkedCrossEntropy.apply(x, w, targets), x, weight)
+    got = value_and_gradients(lambda x, w: ChunkedCrossEntropy.apply(x, w, targets, fused), x, weight)
     for mine, exact in zip(got, exact_loss(x, weight, targets), strict=True):
         assert mine.dtype == torch.float32
         # These are sums of at most 70 terms of a few units, with some tens of roundings of 6e-8.
         assert (mine - exact).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("fused", [None, model.fused_softmax_gradient_])
 @pytest.mark.parametrize("V", [64, 70])
 @pytest.mark.parametrize("rows", [1, 4, 7, 9, 10])
-def test_the_chunked_loss_under_autocast_differs_by_bfloat16s_roundings(rows, V, monkeypatch):
-    monkeypatch.setattr(model, "chunk_rows", lambda vocab_size, device: rows)
+def test_the_chunked_loss_under_autocast_differs_by_bfloat16s_roundings(rows, V, fused, monkeypatch):
+    monkeypatch.setattr(model, "chunk_rows", lambda positions, weight, fused: rows)
     x, weight, targets = loss_case(V=V)
     x, weight = x.bfloat16().float(), weight.bfloat16().float()  # The inputs themselves lose nothing by bfloat16.
     with torch.autocast("cpu", torch.bfloat16):
-        got = value_and_gradients(lambda x, w: ChunkedCrossEntropy.apply(x, w, targets), x, weight)
+        got = value_and_gradients(lambda x, w: ChunkedCrossEntropy.apply(x, w, targets, fused), x, weight)
     exact = exact_loss(x, weight, targets)
     assert [z.dtype for z in got] == [torch.float32] * 3
     # bfloat16 rounds to 2**-9 of a number. A loss moves by no more than twice what the logits do (log-sum-exp is
@@ -383,7 +379,7 @@ def test_the_loss_and_its_gradients_do_not_depend_on_the_chunks(autocast, monkey
     x, weight, targets = loss_case()
     got = []
     for rows in (1, 9):
-        monkeypatch.setattr(model, "chunk_rows", lambda vocab_size, device, rows=rows: rows)
+        monkeypatch.setattr(model, "chunk_rows", lambda positions, weight, fused, rows=rows: rows)
         with torch.autocast("cpu", autocast, enabled=autocast is not None):
             got.append(value_and_gradients(lambda x, w: ChunkedCrossEntropy.apply(x, w, targets), x, weight))
     for one, whole in zip(*got, strict=True):
@@ -448,18 +444,25 @@ def test_a_loss_without_a_target_is_no_number_as_in_torch():
     assert F.cross_entropy(x @ weight.T, targets, ignore_index=-1).isnan()
 
 
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("vocab_size", [10, 50257, 10**8])
-def test_chunks_hold_whole_rows_and_few_logits(vocab_size):
-    for device in ("cpu", "meta"):
-        rows = model.chunk_rows(vocab_size, torch.device(device))
-        assert type(rows) is int
-        assert rows == 64 or (rows > 64 and rows * vocab_size * 4 <= 2**30)
+@pytest.mark.parametrize("positions", [1, 64, 5000, 16384, 10**6])
+def test_chunks_are_equal_and_hold_few_logits(positions, vocab_size, device, fused):
+    weight = torch.empty(1, device=device).expand(vocab_size, 1)
+    rows = model.chunk_rows(positions, weight, fused)
+    assert type(rows) is int and 0 < rows <= positions
+    # No more than are needed, so the last chunk lacks less than 64 rows for each chunk.
+    chunks = -(-positions // rows)
+    assert chunks * rows - positions < 64 * chunks
+    limit = 2**26 if device == "cpu" else 2**31 if fused else 2**29  # bytes
+    assert rows <= 64 or rows * vocab_size * 4 <= limit + 63 * vocab_size * 4
 
 
 @pytest.mark.parametrize("V", [64, 70])
 @pytest.mark.parametrize("rows", [1, 7, 100])
 def test_nll_is_the_loss_of_each_scored_target_in_their_order(rows, V, monkeypatch):
-    monkeypatch.setattr(model, "chunk_rows", lambda vocab_size, device: rows)
+    monkeypatch.setattr(model, "chunk_rows", lambda positions, weight, fused: rows)
     net = build(vocab_size=V)
     idx, targets = ids(net, 3, 12), ids(net, 3, 12, seed=4)
     targets[0, :5] = targets[1, 3] = targets[2, 7:] = -1

@@ -74,6 +74,28 @@ def test_each_local_process_has_a_gpu_of_its_own(monkeypatch):
         runtime.choose("cuda")
 
 
+def test_a_scheduler_may_show_each_process_one_gpu(monkeypatch):
+    """torchrun's processes would all take the same one."""
+    pretend(monkeypatch, ("NVIDIA A100", (8, 0)))
+    for key, value in {"RANK": "6", "WORLD_SIZE": "8", "LOCAL_RANK": "2"}.items():
+        monkeypatch.setenv(key, value)
+    assert str(runtime.choose("cuda").device) == "cuda:0"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with pytest.raises(UserError, match="sees 1 CUDA devices"):
+        runtime.choose("cuda")
+
+
+def test_attention_has_plans_of_cudnn_in_training_alone(monkeypatch):
+    pretend(monkeypatch, ("NVIDIA H100", (9, 0)))
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        for training in (True, False):
+            runtime.choose("cuda", training=training)
+            assert torch.backends.cuda.cudnn_sdp_enabled() == training
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
 @pytest.mark.parametrize(
     ("name", "teraflops"),
     [
