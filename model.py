@@ -109,8 +109,7 @@ def compute_dtype(x):
 def output_weight(weight, dtype):
     """The output layer's weight (V, C) in the compute precision.
 
-    A copy gets rows of zeros up to a multiple of 64, which a GPU's matrix units need for full speed. The logits of
-    those rows are left out.
+    A copy gets rows of zeros up to a multiple of 64, for the full speed of matrix units. Their logits are left out.
     """
     if weight.dtype == dtype and weight.device.type != "cuda":
         return weight
@@ -132,8 +131,8 @@ def chunk_rows(positions, weight, fused):
 def chunk_buffer(positions, weight, fused=False):
     """An empty (rows, V) that takes the logits of each chunk in turn.
 
-    Fresh memory for each chunk would cost a CPU more than the arithmetic. On a CPU the buffer is laid out by columns,
-    since the product with the weight then runs 1.5 times as fast.
+    Fresh memory for each chunk would cost a CPU more than the arithmetic. There the buffer is laid out by columns, with
+    which the product with the weight is 1.5 times as fast.
     """
     V, rows = weight.size(0), max(1, chunk_rows(positions, weight, fused))
     return weight.new_empty(V, rows).T if weight.device.type == "cpu" else weight.new_empty(rows, V)
@@ -142,8 +141,7 @@ def chunk_buffer(positions, weight, fused=False):
 def softmax_nll(logits, targets):
     """(e (n, V), total (n, 1), nll (n, 1)) of float32 logits (n, V), which e overwrites, and targets (n, 1).
 
-    e / total is the softmax, and nll is -ln p of the targets. The division is left to the caller, which divides its
-    products with e by `total`, since they are smaller than e.
+    e / total is the softmax, and nll is -ln p. The division is left for the products with e, which are smaller.
     """
     top = logits.amax(dim=1, keepdim=True)
     wanted = logits.gather(1, targets) - top
@@ -155,11 +153,10 @@ def softmax_nll(logits, targets):
 def fused_softmax_gradient_(logits, targets, V):
     """nll (n, 1) of logits (n, >= V) and targets (n, 1). Softmax - one-hot overwrites the logits, and 0 those beyond V.
 
-    torch.compile makes two kernels of it, which read the logits twice and write them once.
+    torch.compile makes two kernels of it, which read the logits twice and write them once. A cut [:, :V] in place of the
+    mask would keep them from whole 16 bytes at once.
     """
-    column = torch.arange(
-        logits.size(1), device=logits.device
-    )  # A cut would leave rows that can't be read 16 bytes a time.
+    column = torch.arange(logits.size(1), device=logits.device)
     exact = logits.float().masked_fill(column >= V, -math.inf)
     total = exact.logsumexp(dim=1, keepdim=True)
     nll = total - exact.gather(1, targets)
@@ -294,14 +291,12 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None):
         """ids (B, T) -> (logits (B, T, V), None); with targets (B, T), where -1 does not count: (None, mean loss)."""
         x = self.hidden(idx)
-        if targets is None:
-            return self.lm_head(x), None
-        return None, self.cross_entropy(x, targets)
+        return (self.lm_head(x), None) if targets is None else (None, self.cross_entropy(x, targets))
 
     def cross_entropy(self, x, targets):
         """The mean loss of final hidden states x (B, T, C) and targets (B, T), where -1 does not count."""
-        weight = self.lm_head.weight
-        return ChunkedCrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten(), self.compiled_gradient)
+        x, targets = x.flatten(0, 1), targets.flatten()
+        return ChunkedCrossEntropy.apply(x, self.lm_head.weight, targets, self.compiled_gradient)
 
     @torch.no_grad()
     def nll(self, idx, targets):
@@ -326,27 +321,31 @@ class GPT(nn.Module):
         shape = (c.n_layer, 2, len(idx), c.n_head, c.block_size, c.n_embd // c.n_head)
         dtype = compute_dtype(self.lm_head.weight)
         cache, past = torch.zeros(shape, dtype=dtype, device=idx.device) if use_cache else None, 0
-        how = vocab_size, temperature, top_k, top_p, generator
+        how = eot, vocab_size, temperature, top_k, top_p, generator
         for _ in range(max_new_tokens):
             if context.size(1) > c.block_size:
                 context, past = context[:, -max(1, c.block_size // 2) :], 0
-            drawn, finite = self.next_ids(context[:, past:], cache, past, *how)
-            past = context.size(1) if use_cache else 0
-            if eot >= 0:
-                drawn = torch.where(done, eot, drawn)
-                done |= drawn == eot
-            finite, ended = torch.stack([finite, done.all()]).tolist()  # the one wait for the device
+            drawn, flags = self.next_ids(context[:, past:], cache, past, done, *how)
+            finite, ended = flags.tolist()  # the one wait for the device
             if not finite:
                 raise ValueError("the model's logits are not finite: its training has diverged")
             yield drawn
             if ended:
                 return
+            past = context.size(1) if use_cache else 0
             context = torch.cat([context, drawn[:, None]], dim=1)
 
-    def next_ids(self, idx, cache, past, vocab_size, *how):
-        """(ids (B,) drawn after idx (B, T) at the positions from `past` on, whether all logits are finite)."""
+    def next_ids(self, idx, cache, past, done, eot, vocab_size, *how):
+        """Draw after idx (B, T) at the positions from `past` on: (ids (B,), [the logits are finite, all are done]).
+
+        `done` (B,) says which samples have drawn `eot`, and is kept up.
+        """
         logits = self.lm_head(self.hidden(idx, cache, past)[:, -1])[:, : vocab_size or None].float()  # (B, V)
-        return draw(logits, *how), logits.isfinite().all()
+        drawn = draw(logits, *how)
+        if eot >= 0:
+            drawn = torch.where(done, eot, drawn)
+            done |= drawn == eot
+        return drawn, torch.stack([logits.isfinite().all(), done.all()])
 
     def optim_groups(self, weight_decay, muon=False):
         """Parameter groups in nanoGPT's order: matrices, which decay, then biases and norms, which do not.
@@ -357,7 +356,7 @@ class GPT(nn.Module):
         outer = [p for p in self.parameters() if p.dim() >= 2 and p not in inner]
         vectors = [p for p in self.parameters() if p.dim() < 2]
         groups = [{"params": outer, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        return groups + ([{"params": [*inner], "weight_decay": weight_decay, "muon": True}] if muon else [])
+        return groups + [{"params": [*inner], "weight_decay": weight_decay, "muon": True}] * muon
 
     def crop_block_size(self, block_size):
         """Keep the first `block_size` positions."""

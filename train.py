@@ -216,7 +216,7 @@ def make_micro_step(trained, scaler, accumulation, s, rt):
         scaler.scale(loss / accumulation).backward()
         return loss.detach()
 
-    return captured.micro_step(micro_step, s, rt) if rt.compile and rt.device.type == "cuda" else micro_step
+    return captured.micro_step(micro_step, trained, s, rt) if rt.compile and rt.device.type == "cuda" else micro_step
 
 
 def kept_names(s, state, sequences_per_step, sequences_per_epoch):

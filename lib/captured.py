@@ -38,8 +38,8 @@ class Recorded:
         return self.result
 
 
-def micro_step(work, s, rt):
-    """The function work(x, y) of a micro-batch (B, T), which adds to the gradients, as a graph; itself if that fails.
+def micro_step(work, model, s, rt, record=Recorded):
+    """work(x, y) of a micro-batch (B, T) each, which adds to a model's gradients, as a graph; itself where that fails.
 
     With a graph the gradients are tensors that stay where they are. DDP's sums can't be recorded, nor can blocks that
     are computed again, which ask for the random state.
@@ -48,13 +48,14 @@ def micro_step(work, s, rt):
         return work
     x = torch.zeros(s.batch_size, s.block_size, dtype=torch.long, device=rt.device)
     try:
-        return Recorded(work, x, x)
+        work = record(work, x, x)
     except RuntimeError as error:
         if runtime.is_out_of_memory(error):
             raise
         reason = " ".join(str(error).split())[:120]
         settings.say(f"no CUDA graph of a micro-batch ({reason}); going on without it")
-        return work
+    model.zero_grad(set_to_none=not isinstance(work, record))  # The runs before the recording have left theirs.
+    return work
 
 
 def one_token(model, cache, ids, at):
@@ -83,18 +84,33 @@ class NextIds:
     def __init__(self, read, record):
         self.read, self.record, self.cache = read, record, None
 
-    def __call__(self, idx, cache, past, *how):
+    def __call__(self, idx, cache, past, done, *how):
         if cache is None or past == 0:
-            return self.read(idx, cache, past, *how)
-        if self.cache is not cache:  # Each generation has a cache, a generator and settings of its own.
-            self.cache, generator = cache, how[-1]
-            # The runs before the recording write where the last token will stand, and draw.
-            last = torch.full((1,), cache.size(4) - 1, device=idx.device)
-            state = generator.get_state()
-            self.token = self.record(lambda ids, at: self.read(ids, cache, at, *how), idx, last, generator=generator)
-            generator.set_state(state)
-        drawn, finite = self.token(idx, torch.full((1,), past, device=idx.device))
-        return drawn.clone(), finite
+            return self.read(idx, cache, past, done, *how)
+        if self.cache is not cache:  # Each generation has a cache, samples that are done, and a generator of its own.
+            self.start(idx, cache, done, how)
+        if self.past != past:  # From then on the graph goes on with what it has drawn.
+            self.ids.copy_(idx)
+            self.at.fill_(past)
+        self.past = past + 1
+        drawn, flags = self.token()
+        return drawn.clone(), flags
+
+    def start(self, idx, cache, done, how):
+        generator, last = how[-1], cache.size(4) - 1
+        # The runs before the recording write where the last token will stand, which is overwritten in time.
+        self.cache, self.past, self.ids, self.at = cache, None, idx.clone(), torch.tensor([last], device=idx.device)
+
+        def work():
+            drawn, flags = self.read(self.ids, cache, self.at, done, *how)
+            self.ids.copy_(drawn[:, None])
+            self.at.add_(1).clamp_(max=last)
+            return drawn, flags
+
+        before = done.clone(), generator.get_state()
+        self.token = self.record(work, generator=generator)
+        done.copy_(before[0])
+        generator.set_state(before[1])
 
 
 def capture(model, dtype, record=Recorded):

@@ -1,6 +1,7 @@
 """What a CUDA graph records, run here without one: the same kernels whatever the position, and the same ids."""
 
-from lib import captured
+import train
+from lib import captured, runtime
 from model import GPT, GPTConfig, draw
 
 import pytest
@@ -18,6 +19,66 @@ class Repeated:
         for mine, given in zip(self.inputs, inputs, strict=True):
             mine.copy_(given)
         return self.work(*self.inputs)
+
+
+def gradients(model):
+    return [p.grad.clone() for p in model.parameters()]
+
+
+def make_work(model):
+    def work(x, y):
+        _, loss = model(x, y)
+        loss.backward()
+        return loss.detach()
+
+    return work
+
+
+def test_a_recorded_micro_batch_leaves_no_gradients_of_the_runs_before_it():
+    torch.manual_seed(0)
+    model, s = GPT(GPTConfig(block_size=8, vocab_size=16, n_layer=1, n_head=2, n_embd=8)), train.Settings()
+    s.batch_size, s.block_size = 3, 8
+    rt = runtime.choose("cpu")
+    x, y = torch.randint(16, (2, 3, 8))
+    loss = make_work(model)(x, y)
+    wanted = gradients(model)
+    model.zero_grad(set_to_none=True)
+    work = captured.micro_step(make_work(model), model, s, rt, record=Repeated)
+    places = [p.grad.data_ptr() for p in model.parameters()]
+    assert not any(grad.any() for grad in gradients(model))
+    for _ in range(2):
+        assert torch.equal(work(x, y), loss)
+        assert all(map(torch.equal, gradients(model), wanted))
+        model.zero_grad(set_to_none=False)
+    assert [p.grad.data_ptr() for p in model.parameters()] == places
+
+
+def test_where_recording_fails_the_micro_batch_runs_as_it_is(capsys):
+    model, s = GPT(GPTConfig(block_size=8, vocab_size=16, n_layer=1, n_head=2, n_embd=8)), train.Settings()
+    s.batch_size, s.block_size = 3, 8
+
+    class Fails(Repeated):
+        def __init__(self, work, *inputs):
+            super().__init__(work, *inputs)
+            raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+    work = make_work(model)
+    assert captured.micro_step(work, model, s, runtime.choose("cpu"), record=Fails) is work
+    assert all(p.grad is None for p in model.parameters())
+    said = capsys.readouterr().out
+    assert (
+        said
+        == "no CUDA graph of a micro-batch (operation not permitted when stream is capturing); going on without it\n"
+    )
+
+
+@pytest.mark.parametrize("change", [dict(recompute=True), dict(world_size=2)], ids=str)
+def test_what_cannot_be_recorded_is_not(change):
+    s, rt = train.Settings(), runtime.choose("cpu")
+    for key, value in change.items():
+        setattr(s if hasattr(s, key) else rt, key, value)
+    work = make_work(None)
+    assert captured.micro_step(work, None, s, rt, record=pytest.fail) is work
 
 
 def written(model, idx, count, **options):
