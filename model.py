@@ -96,7 +96,6 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
 # The loss goes through the positions in chunks, so that the (N, V) logits of a large batch are never in memory at once.
 
 
@@ -153,8 +152,8 @@ def softmax_nll(logits, targets):
 def fused_softmax_gradient_(logits, targets, V):
     """nll (n, 1) of logits (n, >= V) and targets (n, 1). Softmax - one-hot overwrites the logits, and 0 those beyond V.
 
-    torch.compile makes two kernels of it, which read the logits twice and write them once. A cut [:, :V] in place of the
-    mask would keep them from whole 16 bytes at once.
+    torch.compile makes two kernels of it, which read the logits twice and write them once. They work on whole rows,
+    since a GPU moves 16 bytes at once where rows begin at a multiple of that.
     """
     column = torch.arange(logits.size(1), device=logits.device)
     exact = logits.float().masked_fill(column >= V, -math.inf)
@@ -262,7 +261,7 @@ class GPT(nn.Module):
         return 6 * self.num_params() + 12 * c.n_layer * c.n_embd * c.block_size
 
     def compile_parts(self):
-        """torch.compile the loss and every block in place. The blocks share a graph, and names stay as they are."""
+        """torch.compile the loss and every block in place. The blocks share a graph. Parameter names stay."""
         self.compiled_gradient = torch.compile(fused_softmax_gradient_, dynamic=False)
         for block in self.transformer.h:
             block.compile(dynamic=False)
@@ -336,9 +335,9 @@ class GPT(nn.Module):
             context = torch.cat([context, drawn[:, None]], dim=1)
 
     def next_ids(self, idx, cache, past, done, eot, vocab_size, *how):
-        """Draw after idx (B, T) at the positions from `past` on: (ids (B,), [the logits are finite, all are done]).
+        """Draw after idx (B, T), at positions from `past` on: (ids (B,), [logits are finite, all samples are done]).
 
-        `done` (B,) says which samples have drawn `eot`, and is kept up.
+        `done` (B,) says which samples have drawn `eot`. It is kept up.
         """
         logits = self.lm_head(self.hidden(idx, cache, past)[:, -1])[:, : vocab_size or None].float()  # (B, V)
         drawn = draw(logits, *how)

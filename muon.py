@@ -6,6 +6,7 @@ Self-contained: torch alone.
 from collections import defaultdict
 
 import torch
+from torch import distributed
 from torch.optim.adamw import adamw
 
 # Five Newton-Schulz steps apply the odd quintic a x + b x^3 + c x^5 to the singular values. These are the steep
@@ -26,6 +27,19 @@ def orthogonalize(matrices):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).to(matrices.dtype)
+
+
+def orthogonalize_together(matrices):
+    """orthogonalize() of matrices (n, rows, columns) that all processes of a group hold. Each does a share."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return orthogonalize(matrices)
+    n, processes = len(matrices), distributed.get_world_size()
+    share = -(-n // processes)  # Where there are not enough for all, some processes do the first ones once more.
+    own = torch.arange(share, device=matrices.device).add_(distributed.get_rank() * share).remainder_(n)
+    done = orthogonalize(matrices[own])
+    together = done.new_empty(processes * share, *done.shape[1:])
+    distributed.all_gather_into_tensor(together, done)
+    return together[:n]
 
 
 def initial_state(p, group):
@@ -65,7 +79,7 @@ class Muon(torch.optim.Optimizer):
             grads, means = [p.grad for p in ps], [self.state[p]["momentum_buffer"] for p in ps]
             torch._foreach_lerp_(means, grads, 1 - group["momentum"])
             ahead = torch._foreach_lerp(grads, means, group["momentum"])
-            updates = orthogonalize(torch.stack(ahead)).unbind()
+            updates = orthogonalize_together(torch.stack(ahead)).unbind()
             torch._foreach_mul_(ps, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(ps, updates, alpha=-0.2 * max(rows, columns) ** 0.5 * group["lr"])
 

@@ -55,11 +55,12 @@ def check_equal(what):
     assert worst < 1e-4 and difference("out/one", "out") < 1e-4
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=pytest.mark.stress)])
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.stress)])
-def test_several_processes_train_as_one_does(train, processes):
+def test_several_processes_train_as_one_does(train, processes, optimizer):
     """20 steps with dropout and accumulation."""
-    assert train(*ARGS[len(TINY) :], "--out_dir=out/one")[0] == 0
-    output = finish("--standalone", f"--nproc_per_node={processes}")
+    assert train(*ARGS[len(TINY) :], f"--optimizer={optimizer}", "--out_dir=out/one")[0] == 0
+    output = finish("--standalone", f"--nproc_per_node={processes}", settings=[f"--optimizer={optimizer}"])
     assert f"{processes} processes" in output and output.count("step 20/20") == 1  # one of them speaks
     check_equal(f"{processes} processes")
 

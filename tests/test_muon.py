@@ -1,5 +1,6 @@
 """Muon against the singular value decomposition, its definition written out, and torch's AdamW."""
 
+import muon
 from model import GPT, GPTConfig
 from muon import Muon, orthogonalize
 
@@ -30,6 +31,26 @@ def test_a_batch_is_each_of_its_matrices_by_itself_and_zeros_stay_zeros():
     each = torch.cat([orthogonalize(m[None]) for m in x])
     torch.testing.assert_close(orthogonalize(x), each, atol=1e-5, rtol=1e-4)
     assert orthogonalize(torch.zeros(1, 3, 5)).abs().max() == 0
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 12])
+@pytest.mark.parametrize("processes", [2, 3, 8])
+def test_processes_share_the_matrices_and_have_the_bits_of_one(monkeypatch, processes, count):
+    x, shares = randn(count, 16, 40), {}
+    monkeypatch.setattr(muon.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(muon.distributed, "get_world_size", lambda: processes)
+
+    def gather(together, own):
+        shares[rank] = own
+        if len(shares) == processes:
+            together.copy_(torch.cat([shares[r] for r in range(processes)]))
+
+    monkeypatch.setattr(muon.distributed, "all_gather_into_tensor", gather)
+    for rank in range(processes):
+        monkeypatch.setattr(muon.distributed, "get_rank", lambda rank=rank: rank)
+        found = muon.orthogonalize_together(x)
+    assert torch.equal(found, orthogonalize(x))
+    assert {len(own) for own in shares.values()} == {-(-count // processes)}
 
 
 def test_steps_are_those_of_the_definition():
