@@ -270,9 +270,8 @@ def main():
     size = f"{model.num_params() / 1e6:.1f} M parameters"
     settings.say(f"{opened.name}: {size}, step {opened.iter_num:,}; {rt.why}", file=sys.stderr)
     report = {"model": opened.name, "dataset": name, "split": split, "results": []}
-    with runtime.memory_advice(f" with batch_size={s.batch_size}; take a smaller --batch_size"):
-        if rt.compile:
-            runtime.compile_parts(model, rt, s.batch_size, T)
+    with runtime.memory_advice(lambda: f" with batch_size={s.batch_size}; take a smaller --batch_size"):
+        runtime.compile_parts(model, rt, s.batch_size, T)
         if rt.device.type == "cuda":  # A GPU takes a second to start, which is no part of its rate.
             ids, windows, starts = next(iter(texts.values()))
             score(model, ids, windows[: s.batch_size], starts, T, s.batch_size, rt)

@@ -149,7 +149,7 @@ def main():
     if hasattr(sys.stdout, "reconfigure"):  # A notebook's stream can't, and is UTF-8.
         sys.stdout.reconfigure(encoding="utf-8")
     generator = torch.Generator(rt.device).manual_seed(s.seed)
-    advice = runtime.memory_advice("; take a smaller --num_samples")
+    advice = runtime.memory_advice(lambda: "; take a smaller --num_samples")
     with torch.inference_mode(), nullcontext() if packs else rt.autocast(), advice:
         if not s.interactive:
             write(text, prompt, opened, tok, s, generator)

@@ -13,7 +13,7 @@ import sys
 from dataclasses import dataclass
 from typing import Literal
 
-from lib import ahead, captured, checkpoint, data, prepare, processes, resume, runtime, settings
+from lib import ahead, captured, checkpoint, data, fit, prepare, processes, resume, runtime, settings
 from lib.clock import Clock, clock_time
 from lib.run import Run
 from lib.settings import UserError
@@ -33,9 +33,9 @@ class Settings:
     seed: int = 1337  # seed of the initial weights, of the order of the data and of dropout
     # data
     dataset: str = "wikitext103"  # a folder under data/
-    batch_size: int = 12  # sequences in a micro-batch
+    batch_size: int = 12  # sequences in a micro-batch; 0 finds as many as fit, on a CPU as many as are fastest
     block_size: int = 1024  # tokens in a sequence
-    gradient_accumulation_steps: int = 40  # micro-batches in a step, over all processes together
+    gradient_accumulation_steps: int = 40  # micro-batches in a step, over all processes; with batch_size=0 sequences
     # model
     n_layer: int = 12  # blocks
     n_head: int = 12  # attention heads
@@ -94,9 +94,9 @@ def check(s):
     """Raise UserError for settings that make no sense, alone or together."""
     settings.check(
         s,
-        positive="batch_size block_size gradient_accumulation_steps n_layer n_head n_embd log_interval",
-        not_negative="max_iters n_inner learning_rate weight_decay grad_clip max_epochs warmup_iters lr_decay_iters "
-        "min_lr eval_interval eval_iters patience save_interval save_epochs seed sample_tokens",
+        positive="block_size gradient_accumulation_steps n_layer n_head n_embd log_interval",
+        not_negative="batch_size max_iters n_inner learning_rate weight_decay grad_clip max_epochs warmup_iters "
+        "lr_decay_iters min_lr eval_interval eval_iters patience save_interval save_epochs seed sample_tokens",
         fraction="dropout beta1 beta2 momentum cooldown_frac",
         divisible="n_embd n_head",
     )
@@ -243,7 +243,7 @@ def log_line(row, max_iters, seconds_left):
 def main():
     s = settings.load(Settings)
     check(s)
-    memory_advice = runtime.memory_advice(ahead.smaller_batch(s))
+    memory_advice = runtime.memory_advice(lambda: ahead.smaller_batch(s))
     with processes.lost_process_advice(), memory_advice, checkpoint.Writer() as writer:
         status = train(s, writer)
         processes.leave()  # An evaluation and a finished run have not left yet.
@@ -254,7 +254,7 @@ def train(s, writer):
     """The whole run. Returns the exit status: 0, or 128 plus the number of the signal that stopped it."""
     # ---- machine ----
     rt = runtime.choose(s.device, s.dtype, s.compile, training=True, deterministic=s.deterministic)
-    accumulation = rt.share_of(s.gradient_accumulation_steps)  # this process's micro-batches in a step
+    rt.share_of(s.gradient_accumulation_steps)  # This refuses what can't be shared out before any work is done.
 
     # ---- data: it is opened before the processes meet, since one of them may prepare it for an hour ----
     prepare.ensure(s.dataset)
@@ -263,7 +263,7 @@ def train(s, writer):
     tokens = dataset.tokens("train")
     val_ids = dataset.validation_ids() if s.eval_only or s.eval_interval else None
     sequences_per_epoch = data.blocks_per_epoch(len(tokens), s.block_size)
-    sequences_per_step = s.batch_size * s.gradient_accumulation_steps
+    sequences_per_step = resume.sequences_per_step(vars(s))
     tokens_per_step = sequences_per_step * s.block_size
     max_iters = math.ceil(s.max_epochs * sequences_per_epoch / sequences_per_step) if s.max_epochs else s.max_iters
     processes.meet_all(rt, s.backend)
@@ -282,6 +282,8 @@ def train(s, writer):
     if resume.is_finished(s, start, max_iters, rt):
         return 0
     model = make_model(s, start, dataset, rt)
+    fit.choose_batch_size(model, s, rt)
+    accumulation = rt.share_of(s.gradient_accumulation_steps)  # this process's micro-batches in a step
     flops = model.flops_per_token()
     size = f"{model.num_params() / 1e6:.5g} M parameters without positions, {flops / 1e9:.4g} GFLOP a token"
     rt.say(f"{size}, at least {runtime.training_memory(model.config, s, rt) / 1e9:.2g} GB")
@@ -290,10 +292,8 @@ def train(s, writer):
         rt.say(f"step {state.step:,} | val loss {evaluate(model, val_ids, s, rt, clock):.4f}")
         return 0
     optimizer, scaler = make_optimizer(s, model, rt)
-    if start.path:
-        resume.restore(start, optimizer, scaler)
-    if rt.compile:
-        runtime.compile_parts(model, rt, s.batch_size, s.block_size)
+    resume.restore(start, optimizer, scaler)
+    runtime.compile_parts(model, rt, s.batch_size, s.block_size)
     # The model is what is evaluated and saved. `trained` is the same, wrapped in DDP where there are several processes.
     trained = processes.wrap(model, rt, s.batch_size, s.block_size)
     micro_step = make_micro_step(trained, scaler, accumulation, s, rt)

@@ -1,6 +1,6 @@
 """What the scripts share. Imports run one way, and no file of lib imports a script. `a <- b` says that b imports a:
 
-settings <- files <- tokenizer <- data <- prepare <- text, wikitext; settings <- processes <- runtime <- captured;
+settings <- files <- tokenizer <- data <- prepare <- text, wikitext; settings <- processes <- runtime <- captured, fit;
 model.py <- assemble; tokenizer, assemble <- huggingface <- checkpoint <- resume <- run; settings <- clock;
 clock <- ahead, describe; data, tokenizer <- sampling; sampling, describe <- run.
 """

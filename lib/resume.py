@@ -62,6 +62,9 @@ def find(s, dataset, rt):
     start.state = State(**{name: start.ckpt[key] for name, key in KEYS.items()})
     start.in_place = is_same(start.path, last)
     then = start.ckpt["config"]
+    if not s.batch_size and then["gradient_accumulation_steps"] % rt.world_size == 0:
+        # With micro-batches of the same size a resume draws the same dropout.
+        s.batch_size, s.gradient_accumulation_steps = then["batch_size"], then["gradient_accumulation_steps"]
     s.init_from = then["init_from"]  # A resume does not change where the run's first weights came from.
     if start.in_place:
         s.resume_from = then.get("resume_from", "")
@@ -193,7 +196,7 @@ def check_agreement(ckpt, path, s, dataset):
     for key, value in now.items():
         if (key in NEEDED and key not in then) or (key in then and not is_kind_of(then[key], value)):
             raise UserError(f"{path} can't be resumed: its setting {key} is missing or of another kind; take another")
-    tokens = [c["batch_size"] * c["gradient_accumulation_steps"] * c["block_size"] for c in (then, now)]
+    tokens = [sequences_per_step(c) * c["block_size"] for c in (then, now)]
     pairs = {key: (then[key], now[key]) for key in MUST_AGREE} | {"tokens a step": tuple(tokens)}
     wrong = [f"{key} was {old} and is {new}" for key, (old, new) in pairs.items() if old != new]
     if ckpt["data_sha256"] != dataset.checksums["train"]:
@@ -206,16 +209,21 @@ def check_agreement(ckpt, path, s, dataset):
             "--resume_from, in another --out_dir or by --overwrite=True"
         )
     check_consistency(ckpt, path)
-    changed = [key for key, value in now.items() if key not in MAY_DIFFER_UNSAID and then.get(key, value) != value]
+    unsaid = MAY_DIFFER_UNSAID if s.batch_size else (*MAY_DIFFER_UNSAID, "batch_size", "gradient_accumulation_steps")
+    changed = [key for key, value in now.items() if key not in unsaid and then.get(key, value) != value]
     return [f"{key} {then[key]} -> {now[key]}" for key in changed]
+
+
+def sequences_per_step(config):
+    """The sequences of a step, by a dict of settings. With batch_size=0 they are still to be split."""
+    return max(1, config["batch_size"]) * config["gradient_accumulation_steps"]
 
 
 def check_consistency(ckpt, path):
     """Raise UserError for a checkpoint whose parts contradict each other."""
     config, model_args = ckpt["config"], ckpt["model_args"] | {"n_inner": ckpt["n_inner"]}
-    sequences_per_step = config["batch_size"] * config["gradient_accumulation_steps"]
     wrong = [key for key in ("block_size", *SHAPE) if model_args.get(key) != config[key]]
-    wrong += ["sequence_index"] if ckpt["sequence_index"] != ckpt["iter_num"] * sequences_per_step else []
+    wrong += ["sequence_index"] if ckpt["sequence_index"] != ckpt["iter_num"] * sequences_per_step(config) else []
     wrong += ["skipped_steps"] if ckpt["skipped_steps"] > ckpt["iter_num"] else []
     if wrong:
         raise UserError(f"{path} can't be resumed: its {wrong[0]} contradicts the rest of it; take another checkpoint")
@@ -233,11 +241,13 @@ def is_kind_of(value, example):
 
 
 def restore(start, optimizer, scaler):
-    """Give the optimizer its moments and the scaler its loss scale, as a checkpoint of a run has them.
+    """Give the optimizer its moments and the scaler its loss scale, if there is a checkpoint to go on from.
 
     Rates, decays and all else that the settings decide stay as the optimizer was made. Raises UserError for a
     checkpoint whose moments do not fit the parameters, since a fused optimizer would write beyond them.
     """
+    if not start.path:
+        return
     saved, loss_scale = start.ckpt["optimizer"], start.ckpt["scaler"]
     groups = optimizer.state_dict()["param_groups"]
     if reason := misfit(saved, optimizer.param_groups, groups, start.state.step - start.state.skipped):

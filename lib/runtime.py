@@ -113,6 +113,14 @@ class Runtime:
             torch.distributed.broadcast_object_list(values)
         return values[0]
 
+    def least(self, number):
+        """The smallest of the whole numbers that the processes hold."""
+        if self.world_size == 1:
+            return number
+        least = torch.tensor(number, device=self.device if self.device.type == "cuda" else "cpu")
+        torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
+        return least.item()
+
     def sum(self, tensor):
         """The tensor, summed in place over all processes."""
         if self.world_size > 1:
@@ -222,15 +230,17 @@ def auto_compile(device):
     return False, f"compile does not pay on {device.type}"
 
 
-def training_memory(config, s, rt):
+def training_memory(config, s, rt, batch_size=0):
     """The bytes that a training takes at the least, by arithmetic.
 
-    config: the model's GPTConfig. s: the settings batch_size, block_size and recompute.
+    config: the model's GPTConfig. s: the settings batch_size, block_size and recompute. batch_size: one in place of
+    theirs.
     """
+    batch_size = batch_size or max(1, s.batch_size)
     # Weights, gradients and two moments are float32. A token needs its ids and, for the backward pass, at the very
     # least the inputs of the two branches of each block, or the block's alone where the block is computed again.
     activations = (1 if s.recompute else 2) * config.n_layer * config.n_embd
-    return 16 * config.num_params() + s.batch_size * s.block_size * (16 + activations * rt.dtype.itemsize)
+    return 16 * config.num_params() + batch_size * s.block_size * (16 + activations * rt.dtype.itemsize)
 
 
 def check_memory(config, s, rt):
@@ -244,11 +254,15 @@ def check_memory(config, s, rt):
 
 
 def compile_parts(model, rt, batch_size, block_size):
-    """Compile the model's blocks and its loss, and try them on the shape to come. Where that fails, say so, stay eager.
+    """Where rt.compile is set, compile the model's blocks and its loss, and try them on the shape to come.
+
+    Where that fails, say so and stay eager.
 
     One block is enough to find out, since the others share its compiled graph. That graph is for training or for
     evaluation, as the model's mode is. An evaluation has no loss to compile.
     """
+    if not rt.compile:
+        return
     block, training = model.transformer.h[0], model.training
     h = torch.zeros(batch_size, block_size, model.config.n_embd, device=rt.device)
     if rt.device.type == "cpu":
@@ -281,10 +295,10 @@ def is_out_of_memory(error):
 
 @contextmanager
 def memory_advice(advice):
-    """Raise a UserError that ends in `advice` where memory runs out within the `with`."""
+    """Raise a UserError that ends in the text advice() where memory runs out within the `with`."""
     try:
         yield
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        raise UserError(f"out of memory{advice}") from None
+        raise UserError(f"out of memory{advice()}") from None

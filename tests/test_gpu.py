@@ -1,10 +1,13 @@
 """What only a CUDA GPU can show: `python -m pytest -m gpu`."""
 
 import gc
+import os
+import socket
 import subprocess
 import sys
 
-from lib import checkpoint, runtime
+import train as train_py
+from lib import captured, checkpoint, fit, runtime
 from model import GPT, ChunkedCrossEntropy, GPTConfig
 from muon import orthogonalize
 
@@ -169,3 +172,81 @@ def test_recomputed_blocks_take_less_memory_and_train_the_same(train, compiled):
         peaks.append(torch.cuda.max_memory_allocated() - before)
     assert peaks[1] < 0.9 * peaks[0]
     torch.testing.assert_close(losses("out/True"), losses("out/False"), atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("dropout", [0, 0.2])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_recorded_micro_batch_trains_as_one_that_is_not_recorded(train, monkeypatch, dtype, dropout):
+    args = [*RUN, "--deterministic=True", "--compile=True", f"--dtype={dtype}", f"--dropout={dropout}"]
+    status, out, _ = train(*args, "--out_dir=out/a")
+    assert status == 0 and "no CUDA graph" not in out
+    monkeypatch.setattr(captured, "micro_step", lambda work, *args: work)
+    assert train(*args, "--out_dir=out/b")[0] == 0
+    assert same_final_weights("out/a", "out/b") and torch.equal(losses("out/a"), losses("out/b"))
+
+
+@pytest.mark.parametrize("options", [dict(temperature=0), dict(top_k=20, top_p=0.9, eot=7)], ids=str)
+def test_captured_sampling_writes_what_the_plain_road_does(options):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=64, vocab_size=257, n_layer=2, n_head=4, n_embd=128)).cuda().eval()
+    torch.nn.init.normal_(model.transformer.wpe.weight, std=2.0)  # so that greedy text does not repeat itself
+    prompts = torch.randint(257, (3, 5), device="cuda"), torch.randint(257, (1, 60), device="cuda")
+
+    @torch.inference_mode()
+    def written():
+        generator = torch.Generator("cuda").manual_seed(1)
+        return [torch.stack(list(model.generate(idx, 100, **options, generator=generator))) for idx in prompts]
+
+    plain = written()
+    captured.capture(model, torch.float32)
+    assert all(map(torch.equal, written(), plain)) and len(plain[0].unique()) > 20
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(corpus):
+    args = [*TINY, *RUN, "--optimizer=muon", "--deterministic=True", "--compile=True", "--max_iters=300"]
+    command = [sys.executable, ROOT / "train.py", *args]
+    assert subprocess.run([*command, "--out_dir=out/a"], capture_output=True).returncode == 0
+    process = subprocess.Popen([*command, "--out_dir=out/b"], stdout=subprocess.PIPE, text=True)
+    assert any(line.startswith("step 130/") for line in process.stdout)
+    process.kill()
+    process.communicate()
+    assert 20 <= checkpoint.load("out/b/ckpt.pt")["iter_num"] < 300
+    assert subprocess.run([*command, "--out_dir=out/b"], capture_output=True).returncode == 0
+    assert same_final_weights("out/a", "out/b")
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_two_processes_on_one_gpu_train_as_one_does(corpus, optimizer):
+    """By gloo, since nccl wants a GPU for each."""
+    args = [*TINY, *RUN, "--dtype=float32", "--dropout=0", "--backend=gloo", f"--optimizer={optimizer}"]
+    command = [sys.executable, ROOT / "train.py", *args]
+    assert subprocess.run([*command, "--out_dir=out/a"], capture_output=True).returncode == 0
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    group = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [
+        subprocess.Popen([*command, "--out_dir=out/b"], env=os.environ | group | {"RANK": rank}) for rank in "01"
+    ]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    assert (losses("out/a") - losses("out/b")).abs().max() < 2e-2
+
+
+def test_attention_drops_the_share_that_it_is_told():
+    """With equal weights over equal values, the spread of the sums tells the share."""
+    q = torch.zeros(16, 12, 1024, 64, device="cuda", dtype=torch.float16)
+    out = F.scaled_dot_product_attention(q, q, torch.ones_like(q), dropout_p=0.1)[..., 0].double()
+    ratio = 1024 * (out.var() / out.mean() ** 2).item()
+    assert abs(ratio / (1 + ratio) - 0.1) < 0.005 and abs(out.mean().item() - 1) < 0.005
+
+
+def test_the_largest_micro_batch_that_fits_is_found_where_memory_ends():
+    s = train_py.Settings()
+    s.batch_size, s.gradient_accumulation_steps, s.block_size = 0, 1 << 20, 64
+    model = GPT(GPTConfig(block_size=64, vocab_size=257, n_layer=8, n_head=4, n_embd=128)).cuda()
+    rt = runtime.choose("cuda", "bfloat16", False, training=True)
+    fit.choose_batch_size(model, s, rt)
+    assert 256 <= s.batch_size < 1 << 18 and s.batch_size * s.gradient_accumulation_steps == 1 << 20
+    fit.run(model, s.batch_size, s, rt)
+    with pytest.raises(torch.OutOfMemoryError):
+        fit.run(model, 4 * s.batch_size, s, rt)

@@ -1,0 +1,79 @@
+"""batch_size=0: the micro-batch that this machine trains fastest with, found by trying."""
+
+import time
+
+from lib import runtime
+
+import torch
+
+LIMIT = 20.0  # seconds for the trials on a CPU
+KEPT_FREE = 0.05  # share of a GPU's memory that evaluations and other programs may need
+
+
+def choose_batch_size(model, s, rt):
+    """Where s.batch_size is 0, split a step's sequences, s.gradient_accumulation_steps, into micro-batches.
+
+    On a GPU these are the largest that fit, and elsewhere the fastest. Their size divides each process's share, and all
+    processes take the smallest that one of them has found. Gradients are dropped.
+    """
+    if s.batch_size:
+        return
+    share = rt.share_of(s.gradient_accumulation_steps)
+    memory = rt.memory() or float("inf")
+    sizes = [n for n in range(1, share + 1) if share % n == 0]
+    sizes = [n for n in sizes if n == 1 or runtime.training_memory(model.config, s, rt, n) <= memory]
+    found = largest(model, sizes, s, rt) if rt.device.type == "cuda" else fastest(model, sizes, s, rt)
+    found = rt.least(found)
+    s.batch_size, s.gradient_accumulation_steps = found, s.gradient_accumulation_steps // found
+    why = "the largest that fits" if rt.device.type == "cuda" else "the fastest tried"
+    rt.say(f"batch_size {found:,}, {why}, and {s.gradient_accumulation_steps:,} micro-batches in a step")
+
+
+def run(model, batch_size, s, rt):
+    """Forward and backward pass of one micro-batch."""
+    x = torch.zeros(batch_size, s.block_size, dtype=torch.long, device=rt.device)
+    try:
+        with rt.autocast():
+            _, loss = model(x, x)
+        loss.backward()
+    finally:
+        model.zero_grad(set_to_none=True)
+
+
+def largest(model, sizes, s, rt):
+    """The largest of the sizes at which a micro-batch fits beside the optimizer's moments; else the smallest."""
+    room = int(rt.memory() * KEPT_FREE) + 8 * sum(p.numel() for p in model.parameters())  # bytes
+    return next((size for size in reversed(sizes) if fits(model, size, room, s, rt)), sizes[0])
+
+
+def fits(model, size, room, s, rt):
+    """Whether a micro-batch of so many sequences fits beside `room` bytes."""
+    try:
+        kept = torch.empty(room, dtype=torch.uint8, device=rt.device)
+        run(model, size, s, rt)
+        del kept
+        return True
+    except Exception as error:
+        if not runtime.is_out_of_memory(error):
+            raise
+        return False
+    finally:
+        torch.cuda.empty_cache()
+
+
+def fastest(model, sizes, s, rt):
+    """The size with the least time a sequence, of those up to the first that is a tenth slower than the best before."""
+    began, best, seconds = time.perf_counter(), 0, float("inf")
+    run(model, sizes[0], s, rt)  # This warms up.
+    for size in sizes:
+        times = []
+        for _ in range(2):  # The shorter of two counts, since other programs disturb.
+            start = time.perf_counter()
+            run(model, size, s, rt)
+            times.append(time.perf_counter() - start)
+        each = min(times) / size
+        if each < seconds:
+            best, seconds = size, each
+        if each > 1.1 * seconds or time.perf_counter() - began > LIMIT:
+            break
+    return best
