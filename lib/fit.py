@@ -6,6 +6,7 @@ from lib import runtime
 
 import torch
 
+MOST = 65_535  # sequences that GPUs' attention takes at once
 LIMIT = 20.0  # seconds for the trials on a CPU
 KEPT_FREE = 0.05  # share of a GPU's memory that evaluations and other programs may need
 
@@ -20,7 +21,7 @@ def choose_batch_size(model, s, rt):
         return
     share = rt.share_of(s.gradient_accumulation_steps)
     memory = rt.memory() or float("inf")
-    sizes = [n for n in range(1, share + 1) if share % n == 0]
+    sizes = [n for n in range(1, min(share, MOST) + 1) if share % n == 0]
     sizes = [n for n in sizes if n == 1 or runtime.training_memory(model.config, s, rt, n) <= memory]
     found = largest(model, sizes, s, rt) if rt.device.type == "cuda" else fastest(model, sizes, s, rt)
     found = rt.least(found)

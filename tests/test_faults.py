@@ -209,7 +209,7 @@ REFUSED = {
     "no dashes": (None, ["train", *NEW, "seed=3"], "--seed=3"),
     "text for a number": (None, ["train", *NEW, "--batch_size=many"], "batch_size takes a whole number"),
     "a part of one": (None, ["train", *NEW, "--batch_size=1.5"], "batch_size takes a whole number"),
-    "zero": (None, ["train", *NEW, "--batch_size=0"], "must be more than 0"),
+    "zero": (None, ["train", *NEW, "--block_size=0"], "must be more than 0"),
     "negative": (None, ["train", *NEW, "--eval_interval=-1"], "can't be negative"),
     "not a number": (None, ["train", *NEW, "--learning_rate=nan"], "learning_rate takes a number"),
     "no such backend": (None, ["train", *NEW, "--backend=ncl"], "one of nccl, gloo"),
