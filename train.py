@@ -265,7 +265,8 @@ def train(s, writer):
     sequences_per_epoch = data.blocks_per_epoch(len(tokens), s.block_size)
     sequences_per_step = resume.sequences_per_step(vars(s))
     tokens_per_step = sequences_per_step * s.block_size
-    max_iters = math.ceil(s.max_epochs * sequences_per_epoch / sequences_per_step) if s.max_epochs else s.max_iters
+    steps_of_epochs = math.ceil(s.max_epochs * sequences_per_epoch / sequences_per_step)
+    max_iters = steps_of_epochs or s.max_iters or ahead.planned_iters(Settings)
     processes.meet_all(rt, s.backend)
     rt.say(rt.why)
     length = f"{max_iters:,} steps" + (f" by max_epochs={s.max_epochs:g}" if s.max_epochs else "")
@@ -286,7 +287,7 @@ def train(s, writer):
     accumulation = rt.share_of(s.gradient_accumulation_steps)  # this process's micro-batches in a step
     flops = model.flops_per_token()
     size = f"{model.num_params() / 1e6:.5g} M parameters without positions, {flops / 1e9:.4g} GFLOP a token"
-    rt.say(f"{size}, at least {runtime.training_memory(model.config, s, rt) / 1e9:.2g} GB")
+    rt.say(f"{size}, about {runtime.expected_memory(model.config, s, rt) / 1e9:.2g} GB")
     clock = Clock(rt)
     if s.eval_only:
         rt.say(f"step {state.step:,} | val loss {evaluate(model, val_ids, s, rt, clock):.4f}")
@@ -299,7 +300,7 @@ def train(s, writer):
     micro_step = make_micro_step(trained, scaler, accumulation, s, rt)
     batches = micro_batches(tokens, dataset.vocab_size, s, rt, state.sequence)
     if not s.max_iters:
-        rt.say(ahead.estimate(micro_step, batches, accumulation, max_iters, steps_per_epoch))
+        rt.say(ahead.estimate(micro_step, batches, accumulation, max_iters, steps_per_epoch, clock))
         return 0
     run = Run(s, rt, writer, start, model, optimizer, scaler, dataset)
     start.ckpt = {}  # This gives its memory back.
@@ -325,13 +326,13 @@ def train(s, writer):
         state.row = {}
 
         # -- one step
-        clock.begin_step()
+        clock.begin_step(max_iters - state.step)
         rate = learning_rate_at(state.step, s, max_iters)
         for group in optimizer.param_groups:
             group["lr"] = rate
         loss_sum = torch.zeros((), device=rt.device)
         for i in range(accumulation):
-            clock.at(f"step {state.step + 1:,}, micro-batch", i, accumulation)
+            clock.at_micro_batch(state.step + 1, i, accumulation)
             micro, x, y = ready  # x, y (B, T)
             torch.manual_seed(data.seed_of(s.seed, state.step, micro))  # dropout's seed
             # DDP sums gradients in the last backward pass only, as its no_sync() has it. Other models ignore this.
@@ -361,7 +362,7 @@ def train(s, writer):
         scaler.update()
         optimizer.zero_grad(set_to_none=not isinstance(micro_step, captured.Recorded))
         state.step, state.sequence = state.step + 1, state.sequence + sequences_per_step
-        clock.end_step(max_iters - state.step)
+        clock.end_step()
 
         # -- report
         if is_logged:

@@ -1,10 +1,10 @@
 """What is ahead of a run, said before it begins: settings that do not fit each other, memory and time."""
 
+import sys
 import time
 
-from lib.clock import duration
-
-LONG_RUN = 3 * 86_400  # seconds from which a run is worth a warning
+from lib import settings
+from lib.clock import duration, shorter
 
 
 def smaller_batch(s):
@@ -39,21 +39,26 @@ def warnings(s, max_iters, steps_per_epoch):
     return [f"warning: {line}" for line in lines]
 
 
-def estimate(micro_step, batches, accumulation, max_iters, steps_per_epoch, limit=10.0):
+def planned_iters(cls):
+    """max_iters of this command without its --max_iters=0, for a script with the settings `cls`."""
+    return settings.load(cls, [arg for arg in sys.argv[1:] if arg.replace("-", "_") != "__max_iters=0"]).max_iters
+
+
+def estimate(micro_step, batches, accumulation, max_iters, steps_per_epoch, clock, limit=10.0):
     """A line on the time of a step, an epoch and the whole. Weights do not change, gradients are dropped.
 
     A step is measured by its micro-batches: by all of them, or by those that fit into `limit` seconds, at least one.
     One more goes first and warms up.
     """
     seconds, began = [], time.perf_counter()
+    clock.at("micro-batch", 0, 2)
     while len(seconds) < 2 or len(seconds) <= accumulation and time.perf_counter() - began < limit:
         start = time.perf_counter()
         _, x, y = next(batches)
         micro_step(x, y).item()  # This waits for the device.
         seconds.append(time.perf_counter() - start)
+        clock.at("micro-batch", min(2, len(seconds)), 2)
     step = accumulation * sum(seconds[1:]) / (len(seconds) - 1)
     line = f"a step takes about {duration(step)}, an epoch {duration(step * steps_per_epoch)}"
     line += f", the whole {duration(step * max_iters)} without evaluations" if max_iters else ""
-    if step * max_iters > LONG_RUN:
-        line += "; a GPU, a smaller model or a smaller --max_iters makes that shorter"
-    return line
+    return line + shorter(step * max_iters)

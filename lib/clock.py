@@ -9,6 +9,7 @@ from lib import settings
 
 QUIET = 60.0  # seconds after which a step or an evaluation that goes on says how far it is, in a log file
 QUIET_ON_TERMINAL = 3.0  # the same on a terminal, where it is a bar
+LONG_RUN = 3 * 86_400  # seconds from which a run is worth a warning
 
 
 def duration(seconds):
@@ -25,6 +26,12 @@ def clock_time(seconds):
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
 
+def shorter(seconds):
+    """What makes a run shorter, to end a line with; '' for one that is not long."""
+    advice = "; a GPU, a smaller model or a smaller --max_iters makes that shorter"
+    return advice if seconds > LONG_RUN else ""
+
+
 class Clock:
     """Times the steps, without evaluations and saving. Of several processes only the first one speaks."""
 
@@ -34,17 +41,30 @@ class Clock:
         self.mean_seconds = deque(maxlen=20)  # of a step, at the last lines of the log
         self.has_spoken = False  # whether the time of the whole was said
         self.part_began = self.said = 0.0  # when the step or the evaluation began, and last said how far it is
+        self.bar = ""  # what stands on the terminal's line
 
-    def begin_step(self):
-        self.began = time.perf_counter()
+    def begin_step(self, steps):
+        """Begin a step, after which `steps` - 1 are left."""
+        self.began, self.steps = time.perf_counter(), steps
 
-    def end_step(self, steps_left):
-        """Note the time of a step. After the first one, say what the whole takes if that is long."""
+    def at_micro_batch(self, step, done, count):
+        """Say how far a long step is. In the first one, say as soon as that is known what all take."""
+        self.at(f"step {step:,}, micro-batch", done, count)
+        seconds = time.perf_counter() - self.began
+        if done and not self.has_spoken and seconds > QUIET / 6:
+            self.speak(seconds / done * count)
+
+    def end_step(self):
+        """Note the time of a step. After the first one, say what all take if that is long."""
+        self.clear()
         self.step_seconds.append(time.perf_counter() - self.began)
-        seconds = self.step_seconds[-1] * steps_left
-        if not self.has_spoken and seconds > QUIET:
-            self.rt.say(f"the first step took {duration(self.step_seconds[-1])}, all take about {duration(seconds)}")
-        self.has_spoken = True
+        if not self.has_spoken:
+            self.speak(self.step_seconds[-1])
+
+    def speak(self, step_seconds):
+        self.has_spoken, whole = True, step_seconds * self.steps
+        if whole > QUIET:
+            self.rt.say(f"a step takes {duration(step_seconds)}, all take about {duration(whole)}{shorter(whole)}")
 
     def lap(self):
         """The mean seconds of a step since the last lap."""
@@ -64,8 +84,15 @@ class Clock:
         if self.rt.rank or now - self.part_began < (QUIET_ON_TERMINAL if self.is_terminal else QUIET):
             return
         if self.is_terminal:
-            bar = f"\r{what} [{'#' * round(20 * done / count):20}] {done} of {count} "
-            settings.say(bar if done < count else "\r" + " " * len(bar) + "\r", file=sys.stderr, end="")
+            self.clear()
+            self.bar = f"{what} [{'#' * round(20 * done / count):20}] {done} of {count} " if done < count else ""
+            settings.say(self.bar, file=sys.stderr, end="")
         elif now - self.said >= QUIET and done < count:
             self.said = now
             settings.say(f"{what} {done} of {count}", file=sys.stderr)
+
+    def clear(self):
+        """Take the bar from the terminal's line."""
+        if self.bar:
+            settings.say("\r" + " " * len(self.bar) + "\r", file=sys.stderr, end="")
+            self.bar = ""

@@ -37,6 +37,14 @@ def beginning(s, rt, dataset, model):
     }
 
 
+def started(path):
+    """When the run of a run.json began; now, where the file does not say."""
+    with suppress(OSError, ValueError, RecursionError, LookupError, TypeError):
+        if isinstance(then := json.loads(path.read_text(encoding="utf-8"))["started"], str):
+            return then
+    return now()
+
+
 def outcome(rows, state, rt):
     """What a run has come to, by its State and the rows of metrics.jsonl: a dict for run.json.
 

@@ -22,7 +22,7 @@ def choose_batch_size(model, s, rt):
     share = rt.share_of(s.gradient_accumulation_steps)
     memory = rt.memory() or float("inf")
     sizes = [n for n in range(1, min(share, MOST) + 1) if share % n == 0]
-    sizes = [n for n in sizes if n == 1 or runtime.training_memory(model.config, s, rt, n) <= memory]
+    sizes = [n for n in sizes if n == 1 or runtime.least_memory(model.config, s, rt, n) <= memory]
     found = largest(model, sizes, s, rt) if rt.device.type == "cuda" else fastest(model, sizes, s, rt)
     found = rt.least(found)
     s.batch_size, s.gradient_accumulation_steps = found, s.gradient_accumulation_steps // found

@@ -46,6 +46,8 @@ class Run:
         if self.writes:
             self.take_folder(start)
             self.description = describe.beginning(s, rt, dataset, model)  # of run.json
+            if start.in_place:
+                self.description["started"] = describe.started(self.out / "run.json")
             self.wandb = WandB(s, start.ckpt["wandb_run_id"] if start.in_place else "")
             keep_rows_before(self.out / "metrics.jsonl", self.state.step)
 

@@ -230,8 +230,8 @@ def auto_compile(device):
     return False, f"compile does not pay on {device.type}"
 
 
-def training_memory(config, s, rt, batch_size=0):
-    """The bytes that a training takes at the least, by arithmetic.
+def least_memory(config, s, rt, batch_size=0):
+    """The bytes without which a training can't be, by arithmetic.
 
     config: the model's GPTConfig. s: the settings batch_size, block_size and recompute. batch_size: one in place of
     theirs.
@@ -243,9 +243,22 @@ def training_memory(config, s, rt, batch_size=0):
     return 16 * config.num_params() + batch_size * s.block_size * (16 + activations * rt.dtype.itemsize)
 
 
+def expected_memory(config, s, rt):
+    """The bytes that a training takes about, by arithmetic: of a GPU its tensors, of a CPU the whole process."""
+    C, V, item = config.n_embd, config.vocab_size, rt.dtype.itemsize
+    tokens = s.batch_size * s.block_size
+    # For its backward pass a block keeps the inputs of its norms, products and activation function, and q, k and v.
+    block = item * (9 * C + 2 * (config.n_inner or 4 * C))
+    blocks = 4 * C * config.n_layer + block if s.recompute else block * config.n_layer
+    logits = min(tokens * V * item, 1 << 26 if rt.device.type == "cpu" else 1 << 31)
+    head = logits + (4 + item) * V * C  # The output layer has a gradient in float32, and its weight a copy.
+    torch_itself = 350e6 if rt.device.type == "cpu" else 0
+    return 16 * (config.num_params() + config.block_size * C) + tokens * (blocks + 12 * C) + head + torch_itself
+
+
 def check_memory(config, s, rt):
     """Raise UserError for a training that can't fit: better at once than killed by the system after minutes."""
-    if (needed := training_memory(config, s, rt)) > rt.memory() > 0:
+    if (needed := least_memory(config, s, rt)) > rt.memory() > 0:
         raise UserError(
             f"{config.num_params() / 1e6:,.0f} M parameters and {s.batch_size * s.block_size:,} tokens in a "
             f"micro-batch take more than {needed / 2**30:,.0f} GiB, {rt.device} has {rt.memory() / 2**30:,.0f}; take a "
@@ -256,10 +269,8 @@ def check_memory(config, s, rt):
 def compile_parts(model, rt, batch_size, block_size):
     """Where rt.compile is set, compile the model's blocks and its loss, and try them on the shape to come.
 
-    Where that fails, say so and stay eager.
-
-    One block is enough to find out, since the others share its compiled graph. That graph is for training or for
-    evaluation, as the model's mode is. An evaluation has no loss to compile.
+    Where that fails, say so and stay eager. One block is enough to find out, since the others share its compiled graph.
+    That graph is for training or for evaluation, as the model's mode is. An evaluation has no loss to compile.
     """
     if not rt.compile:
         return

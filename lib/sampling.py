@@ -1,5 +1,7 @@
 """Samples while a model learns: how it goes on with the beginning of the validation text."""
 
+import unicodedata
+
 from lib import data, tokenizer
 
 import torch
@@ -27,4 +29,6 @@ def continuation(model, dataset, s, rt, step):
         drawn = [i.item() for i in model.generate(torch.tensor([ids], device=rt.device), s.sample_tokens, **options)]
     model.train(was_training)
     drawn = drawn[: drawn.index(tok.eot)] if tok.eot in drawn else drawn
-    return "|".join(tok.decode(part).decode("utf-8", "replace") for part in (ids, drawn))
+    text = "|".join(tok.decode(part).decode("utf-8", "replace") for part in (ids, drawn))
+    # A model that has learned little draws control characters too, which a terminal would obey.
+    return "".join("\ufffd" if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text)

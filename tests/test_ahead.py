@@ -6,8 +6,10 @@ from pathlib import Path
 
 import train as train_py
 from lib import ahead, clock, runtime
+from model import GPT, GPTConfig
 
 import pytest
+import torch
 from conftest import rows
 
 
@@ -69,20 +71,32 @@ def test_a_duration_is_said_as_people_say_it(seconds, said):
 def test_the_first_step_says_how_long_all_take_if_that_is_long(time, capsys):
     watch = clock.Clock(runtime.choose("cpu"))
     for seconds in (30.0, 20.0):
-        watch.begin_step()
+        watch.begin_step(steps=1000)
         time.now += seconds
-        watch.end_step(steps_left=999)
-    assert capsys.readouterr().out == "the first step took 30 seconds, all take about 8.3 hours\n"
+        watch.end_step()
+    assert capsys.readouterr().out == "a step takes 30 seconds, all take about 8.3 hours\n"
     assert watch.lap() == 25.0 and watch.left(10) == 250.0
-    watch.begin_step()
+    watch.begin_step(steps=998)
     time.now += 5
-    watch.end_step(steps_left=998)
+    watch.end_step()
     assert watch.lap() == 5.0 and watch.left(10) == 150.0  # the median of the laps
     quick = clock.Clock(runtime.choose("cpu"))
-    quick.begin_step()
+    quick.begin_step(steps=100)
     time.now += 0.01
-    quick.end_step(steps_left=100)
+    quick.end_step()
     assert capsys.readouterr().out == ""
+
+
+def test_a_first_step_that_is_long_says_after_some_micro_batches_how_long_all_take(time, capsys):
+    watch = clock.Clock(runtime.choose("cpu"))
+    watch.begin_step(steps=600_000)
+    for i in range(40):
+        watch.at_micro_batch(1, i, 40)
+        time.now += 80.0
+    watch.end_step()
+    out = capsys.readouterr().out
+    assert out.startswith("a step takes 53.3 minutes, all take about 22,222.2 days; a GPU, a smaller model")
+    assert len(out.splitlines()) == 1
 
 
 def parts(watch, time, seconds, count=5):
@@ -100,16 +114,30 @@ def test_a_long_step_says_every_minute_how_far_it_is_in_a_log_file(time, capsys)
     assert capsys.readouterr().err == ""
 
 
-def test_a_long_step_has_a_bar_on_a_terminal_that_goes_at_its_end(time, monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
 
+
+def test_a_long_step_has_a_bar_on_a_terminal_that_goes_at_its_end(time, monkeypatch):
     monkeypatch.setattr(sys, "stderr", Terminal())
     parts(clock.Clock(runtime.choose("cpu")), time, seconds=2.0)
     shown = sys.stderr.getvalue().split("\r")
-    assert "step 7, micro-batch [########            ] 2 of 5 " in shown and "1 of 5" not in "".join(shown)
+    assert "step 7, micro-batch [########            ] 2 of 5 " in "".join(shown) and "1 of 5" not in "".join(shown)
     assert shown[-2].strip() == "" and len(shown[-2]) > 40 and shown[-1] == ""
+
+
+def test_the_end_of_a_step_takes_its_bar_away(time, monkeypatch):
+    """A step ends after its last micro-batch, of which no more is said."""
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    watch = clock.Clock(runtime.choose("cpu"))
+    watch.begin_step(steps=2)
+    for i in range(3):
+        watch.at_micro_batch(1, i, 3)
+        time.now += 4.0
+    watch.end_step()
+    shown = sys.stderr.getvalue().split("\r")
+    assert "2 of 3" in sys.stderr.getvalue() and shown[-1] == "" and not shown[-2].strip()
 
 
 def test_only_the_first_process_says_how_far_it_is(time, monkeypatch, capsys):
@@ -122,7 +150,8 @@ def test_only_the_first_process_says_how_far_it_is(time, monkeypatch, capsys):
 def test_max_iters_0_is_an_estimate_that_writes_nothing(train):
     status, out, err = train("--out_dir=out/a", "--max_iters=0")
     assert status == 0, err
-    assert "a step takes about" in out and "an epoch" in out and "the whole" not in out and not Path("out").exists()
+    assert "a step takes about" in out and "an epoch" in out and "the whole" in out and not Path("out").exists()
+    assert "an epoch, 12 steps" in out  # of the command without its --max_iters=0
     out = train("--out_dir=out/a", "--max_iters=0", "--max_epochs=2")[1]
     assert "by max_epochs=2" in out and "the whole" in out and not Path("out").exists()
     train("--out_dir=out/a", "--max_iters=4")  # A run that is there is not looked at.
@@ -133,9 +162,46 @@ def test_max_iters_0_is_an_estimate_that_writes_nothing(train):
 
 def test_what_is_ahead_is_said_before_a_run_begins(train):
     out = train("--out_dir=out/a", "--warmup_iters=50")[1].partition("step 0")[0]
-    assert "tokens or 68.9 steps an epoch, 12 steps" in out and "at least" in out and "GB" in out
+    assert "tokens or 68.9 steps an epoch, 12 steps" in out and "GFLOP a token, about" in out and "GB" in out
     assert "warning: the warm-up of 50 steps is no shorter than the run of 12" in out
     assert len(rows("out/a")) == 13
+
+
+def test_an_estimate_warns_of_the_run_that_is_configured(train):
+    Path("config.py").write_text("max_iters = 30\nwarmup_iters = 50\n")
+    for args in (["--max_iters=0"], ["--max_iters=30", "--max-iters=0"]):
+        status, out, err = train("config.py", "--warmup_iters=50", *args, "--out_dir=out/a")
+        assert status == 0, err
+        assert "the warm-up of 50 steps is no shorter than the run of" in out and "the whole" in out
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(
+    "shape", [dict(n_layer=3, n_embd=64, n_head=4), dict(n_layer=6, n_embd=32, n_head=2, n_inner=96)]
+)
+def test_the_expected_memory_is_what_a_backward_pass_keeps(shape, recompute):
+    """What autograd saves of the blocks, each storage once."""
+    s = train_py.Settings(batch_size=4, block_size=32, recompute=recompute)
+    config = GPTConfig(block_size=32, vocab_size=64, **shape)
+    model, rt, kept = GPT(config), runtime.choose("cpu"), {}
+    model.recompute = recompute
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def save(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+        hidden = model.hidden(torch.zeros(4, 32, dtype=torch.long))
+    without = train_py.Settings(batch_size=0, block_size=32, recompute=recompute)
+    of_batch = runtime.expected_memory(config, s, rt) - runtime.expected_memory(config, without, rt)
+    block = 4 * (9 * config.n_embd + 2 * (config.n_inner or 4 * config.n_embd)) * 4 * 32
+    # A block that is computed again keeps nothing but its input, until its own backward pass.
+    found = sum(kept.values()) + (block if recompute else 0)
+    logits = 4 * 32 * 64 * 4  # They come after the hidden states.
+    assert hidden.shape == (4, 32, config.n_embd) and abs((of_batch - logits) / found - 1) < 0.12
 
 
 @pytest.mark.parametrize(

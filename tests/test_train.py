@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import unicodedata
 from pathlib import Path
 
 import train as train_py
@@ -185,6 +186,26 @@ def test_a_run_that_is_killed_has_its_settings_in_run_json(train, monkeypatch):
         train("--out_dir=out/a")
     run = json.loads(Path("out/a/run.json").read_text())
     assert run["settings"]["n_layer"] == 2 and run["ended"] is None
+
+
+def test_a_run_that_goes_on_keeps_the_time_at_which_it_started(train):
+    train("--out_dir=out/a", "--max_iters=4", "--lr_decay_iters=12")
+    path = Path("out/a/run.json")
+    run = json.loads(path.read_text())
+    for started in ("2001-02-03T04:05:06+00:00", 7):  # one that was written, and one that is none
+        path.write_text(json.dumps(run | {"started": started}))
+        assert train("--out_dir=out/a", "--max_iters=12")[0] == 0
+        found = json.loads(path.read_text())["started"]
+        assert (found == started) == isinstance(started, str) and isinstance(found, str)
+        train("--out_dir=out/a", "--max_iters=4", "--lr_decay_iters=12", "--overwrite=True")
+    assert json.loads(path.read_text())["started"] > "2026"
+
+
+def test_a_sample_shows_no_control_characters(train, monkeypatch):
+    monkeypatch.setattr(tokenizer.BytesTokenizer, "decode", lambda self, ids: bytes(i % 160 for i in ids))
+    train("--out_dir=out/a", "--sample_tokens=200", "--eval_interval=12")
+    text = Path("out/a/samples.txt").read_text()
+    assert len(text) > 300 and not [c for c in text if unicodedata.category(c) == "Cc" and c not in "\n\t"]
 
 
 def test_samples_while_it_learns_change_no_bit_of_the_run(train):
