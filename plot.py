@@ -16,7 +16,7 @@ import math
 import os
 import re
 import statistics
-import textwrap
+import sys
 from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -49,7 +49,7 @@ class Run:
     curves: dict  # {"loss": [(tokens, loss)], "val_loss": [(tokens, loss)]}
     step: int | None  # the last one
     tokens: int  # seen until then
-    final: float | None  # the last validation loss; None where there is none
+    last: float | None  # the last validation loss; None where there is none
     best: float | None  # the lowest one
     alike: object  # equal for runs that differ only in the seed
     seed: str = ""
@@ -57,12 +57,17 @@ class Run:
     seconds: float | None = None  # of the training steps
 
 
+class NoLosses(UserError):
+    """The run has logged no loss: it has just begun, or it was killed early."""
+
+
 def find(names):
     """The files that the arguments mean, each once: the metrics of a folder, a file itself, the runs of a glob."""
     paths = {}
     for name in names:
         matches = [] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
-        runs = [m for m in matches if Path(m, "metrics.jsonl").exists() or m.endswith((".jsonl", ".json"))]
+        folders = {m for m in matches if Path(m, "metrics.jsonl").exists() or Path(m, "run.json").exists()}
+        runs = [m for m in matches if m in folders or m.endswith((".jsonl", ".json"))]
         for path in map(Path, runs or [name]):
             path = path / "metrics.jsonl" if path.is_dir() else path
             paths.setdefault(os.path.realpath(path), path)
@@ -82,10 +87,13 @@ def reported(path, fault, remedy):
 
 
 def read_run(path):
-    """The Run whose metrics are `path`. Raises UserError where they can't be read or have no losses."""
+    """The Run whose metrics are `path`. Raises UserError where they can't be read, NoLosses where they have none."""
     curves = {"loss": [], "val_loss": []}
+    described = path.name == "metrics.jsonl" and path.with_name("run.json").is_file()
     with reported(path, "is not the metrics of a run", "name the folder of a run"):
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        # A run writes run.json before its first row.
+        text = "" if described and not path.exists() else path.read_text(encoding="utf-8")
+        lines = text.splitlines(keepends=True)
         rows = [json.loads(line) for line in lines if line.endswith("\n")]  # A kill may cut off the last one.
         for row in rows:
             for key, curve in curves.items():
@@ -94,16 +102,31 @@ def read_run(path):
                     curve += [point] if all(abs(value) < HUGE for value in point) else []
         step = int(rows[-1]["step"]) if rows and "step" in rows[-1] else None
     if not any(curves.values()):
-        raise UserError(f"{path} has no losses yet; wait for the run to log some")
+        raise NoLosses(f"{path} has no losses yet; wait for the run to log some")
     losses = [loss for _, loss in curves["val_loss"]] or [None]
     run = Run(curves, step, int(max(curves["loss"] + curves["val_loss"])[0]), losses[-1], min(losses), alike=path)
-    if path.name == "metrics.jsonl" and (description := path.with_name("run.json")).is_file():
-        run.settings, run.seconds = read_description(description)
+    if described:
+        run.settings, run.seconds = read_description(path.with_name("run.json"))
         run.seed = run.settings.pop("seed", "")
         run.alike = tuple(run.settings.items())
     elif record := re.fullmatch(r"(.+)-s(\d+)\.jsonl", path.name):  # as the records name the metrics of a run
         run.alike, run.seed = path.with_name(record[1]), record[2]
     return run
+
+
+def read_runs(paths):
+    """{path: Run}. A run without losses is left out with a line on standard error. NoLosses where no other is left."""
+    runs, errors = {}, []
+    for path in paths:
+        try:
+            runs[path] = read_run(path)
+        except NoLosses as error:
+            errors.append(error)
+    if not runs:
+        raise errors[0]
+    for error in errors:
+        settings.say(f"left out: {error}", file=sys.stderr)
+    return runs
 
 
 def read_description(path):
@@ -151,12 +174,16 @@ def shared_name(names):
 
 
 def lines_of(paths):
-    """[(name, runs that differ only in the seed)] of metrics: the lines of the picture and of the table."""
-    groups, repeats = defaultdict(list), Counter()
-    for name, run in zip(unique_names(paths), map(read_run, paths), strict=True):
+    """[(name, runs that differ only in the seed)] of metrics: the lines of the picture and of the table.
+
+    The lowest best loss comes first.
+    """
+    groups, repeats, runs = defaultdict(list), Counter(), read_runs(paths)
+    for name, run in zip(unique_names(runs), runs.values(), strict=True):
         repeats[run.alike, run.seed] += 1  # A run that repeats a seed is no other seed, and has a line of its own.
         groups[run.alike, repeats[run.alike, run.seed]].append((name, run))
-    return [(shared_name(names), runs) for names, runs in (zip(*g, strict=True) for g in groups.values())]
+    lines = [(shared_name(names), alike) for names, alike in (zip(*g, strict=True) for g in groups.values())]
+    return sorted(lines, key=lambda line: statistics.mean(math.inf if r.best is None else r.best for r in line[1]))
 
 
 def spread(values):
@@ -167,21 +194,18 @@ def spread(values):
 
 
 def table(lines):
-    """What differs in the settings of the lines, and what they came to. The lowest best loss comes first."""
+    """What differs in the settings of the lines, and what they came to."""
     known = [runs[0].settings for _, runs in lines if runs[0].settings]
     keys = [k for k in dict.fromkeys(k for s in known for k in s) if len({s.get(k) for s in known}) > 1]
-    rows = []
+    rows = [["run", *keys, "seeds", "steps", "tokens", "time", "last validation loss", "best"]]
     for name, runs in lines:
-        best, seconds = [run.best for run in runs], [run.seconds for run in runs]
+        seconds = [run.seconds for run in runs]
         time = "-" if None in seconds else str(timedelta(seconds=round(statistics.mean(seconds))))
         row = [name, *(runs[0].settings.get(key, "-") for key in keys), str(len(runs))]
         for counts in ([run.step for run in runs], [run.tokens for run in runs]):  # Seeds may have come less far.
             ends = [] if None in counts else sorted({min(counts), max(counts)})
             row.append(" to ".join(f"{count:,}" for count in ends) or "-")
-        row += [time, spread([run.final for run in runs]), spread(best)]
-        rows.append((math.inf if None in best else statistics.mean(best), row))
-    head = ["run", *keys, "seeds", "steps", "tokens", "time", "final validation loss", "best"]
-    rows = [head, *(row for _, row in sorted(rows))]
+        rows.append([*row, time, spread([run.last for run in runs]), spread([run.best for run in runs])])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
 
@@ -195,8 +219,10 @@ def frame(labels, title):
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    # A dollar sign would begin a formula, and a file's name may hold bytes that are no text.
-    labels = [textwrap.fill(text.encode("utf-8", "replace").decode().replace("$", r"\$"), 48) for text in labels]
+    # A long label is broken, after a separator where one is near. A dollar sign would begin a formula, and a file's
+    # name may hold bytes that are no text.
+    labels = [re.sub("(?=.{49})(.{24,47}[-_/ ]|.{48})", r"\1\n", label) for label in labels]
+    labels = [label.encode("utf-8", "replace").decode().replace("$", r"\$") for label in labels]
     columns = math.ceil(sum(label.count("\n") + 1 for label in labels) / 22)
     longest = max(len(part) for label in labels for part in [title, *label.split("\n")])
     figure = Figure(figsize=(7.2 + columns * (0.65 + 0.075 * longest), 5), layout="constrained")
@@ -216,10 +242,10 @@ def draw_runs(lines):
 
     labels = []
     for name, runs in lines:
-        final = spread([run.final for run in runs])
-        final = f"{smooth(mean_curve(runs, 'loss')[1])[-1]:.4f} in training" if final == "-" else final
-        labels.append(f"{name}: {final}" + (f", {len(runs)} seeds" if len(runs) > 1 else ""))
-    figure, axes, colours = frame(labels, "final validation loss")
+        last = spread([run.last for run in runs])
+        last = f"{smooth(mean_curve(runs, 'loss')[1])[-1]:.4f} in training" if last == "-" else last
+        labels.append(f"{name}: {last}" + (f", {len(runs)} seeds" if len(runs) > 1 else ""))
+    figure, axes, colours = frame(labels, "last validation loss")
     for (_, runs), colour in zip(lines, colours, strict=True):
         tokens, loss, _ = mean_curve(runs, "loss")
         axes.plot(tokens, loss, color=colour, alpha=0.25, linewidth=0.7, zorder=1)

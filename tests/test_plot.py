@@ -46,7 +46,7 @@ def losing(*losses):
 def cells(out):
     """The table in what the script prints, as a dict for each row."""
     head, *rows = out.split("\n\n")[0].splitlines()
-    names = head.replace("final validation loss", "final").split()
+    names = head.replace("last validation loss", "last").split()
     rows = [row.replace(" ± ", "±").replace(" to ", "-").split() for row in rows]
     return [dict(zip(names, row, strict=True)) for row in rows]
 
@@ -166,35 +166,54 @@ def test_the_ending_names_the_kind_of_picture(run, out, begins):
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    "text",
     [
-        (b"", "no losses yet"),
-        (b'{"step": 1, "tokens": 5}\n', "no losses yet"),
-        (b'{"tokens": 5, "loss": 1.0}\n{"tok\n', "is not the metrics of a run"),
-        (b'{"step": 5, "loss": 1.0}\n', "is not the metrics of a run"),
-        (b"17\n", "is not the metrics of a run"),
-        (b'{"tokens": 5, "loss": "caf\xe9"}\n', "is not the metrics of a run"),
-        (b'{"tokens": 5, "loss": "x"}\n', "is not the metrics of a run"),
-        (b'{"tokens": 5, "loss": {}}\n', "is not the metrics of a run"),
-        (b'{"tokens": [], "val_loss": 1}\n', "is not the metrics of a run"),
-        (b'{"tokens": 5, "loss": 1%s}\n' % (b"0" * 400), "is not the metrics of a run"),
-        (b'{"tokens": 5, "loss": 1%s}\n' % (b"0" * 9000), "is not the metrics of a run"),
-        (b'{"tokens": 5, "loss": 1, "step": "x"}\n', "is not the metrics of a run"),
-        (b'{"tokens": 5, "loss": 1, "step": 1e999}\n', "is not the metrics of a run"),
-        (b"[" * 100_000 + b"\n", "is not the metrics of a run"),
-        (b'{"tokens": 5, "loss": NaN}\n{"tokens": 1e999, "loss": 5}\n', "no losses yet"),
+        b'{"tokens": 5, "loss": 1.0}\n{"tok\n',
+        b'{"step": 5, "loss": 1.0}\n',
+        b"17\n",
+        b'{"tokens": 5, "loss": "caf\xe9"}\n',
+        b'{"tokens": 5, "loss": "x"}\n',
+        b'{"tokens": 5, "loss": {}}\n',
+        b'{"tokens": [], "val_loss": 1}\n',
+        b'{"tokens": 5, "loss": 1%s}\n' % (b"0" * 400),
+        b'{"tokens": 5, "loss": 1%s}\n' % (b"0" * 9000),
+        b'{"tokens": 5, "loss": 1, "step": "x"}\n',
+        b'{"tokens": 5, "loss": 1, "step": 1e999}\n',
+        b"[" * 100_000 + b"\n",
     ],
 )
-def test_metrics_that_cannot_be_drawn_are_one_line(run, text, says):
+def test_metrics_that_cannot_be_drawn_are_one_line(run, text):
     write_run("out/good")
     Path("out/a").mkdir()
     Path("out/a/metrics.jsonl").write_bytes(text)
     status, out, err = run("out/good", "out/a")
     assert (status, out) == (2, "")
-    assert err.startswith("plot.py: out/a/metrics.jsonl")
-    assert says in err
+    assert err.startswith("plot.py: out/a/metrics.jsonl is not the metrics of a run")
     assert len(err.splitlines()) == 1
     assert not list(Path().rglob("*.png"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        None,
+        b"",
+        b'{"step": 1, "tok',
+        b'{"step": 1, "tokens": 5}\n',
+        b'{"tokens": 5, "loss": NaN}\n{"tokens": 1e999, "loss": 5}\n',
+    ],
+)
+def test_a_run_without_losses_is_left_out_where_there_are_others(run, text):
+    write_run("out/killed", seed=1)
+    metrics = Path("out/killed/metrics.jsonl")
+    metrics.unlink() if text is None else metrics.write_bytes(text)
+    reason = "out/killed/metrics.jsonl has no losses yet; wait for the run to log some\n"
+    assert run("out/killed") == run("out/*") == (2, "", f"plot.py: {reason}")
+    write_run("out/good", seed=1)
+    for args in (["out/killed", "out/good"], ["out/*"]):
+        status, out, err = run(*args)
+        assert (status, err) == (0, f"left out: {reason}")
+        assert [row["run"] for row in cells(out)] == ["good"]
 
 
 @pytest.mark.parametrize(
@@ -265,8 +284,8 @@ def test_the_legend_has_one_entry_a_run_outside_the_axes(run, figures):
     write_run("out/c", [{"tokens": 5, "loss": 4.0}])
     assert run("out/a", "out/b", "out/c")[0] == 0
     (figure,) = figures
-    assert legend(figure) == ["a: 3.7500", "b: 2.0000", "c: 4.0000 in training"]
-    assert figure.legends[0].get_title().get_text() == "final validation loss"
+    assert legend(figure) == ["b: 2.0000", "a: 3.7500", "c: 4.0000 in training"]
+    assert figure.legends[0].get_title().get_text() == "last validation loss"
     check_legend_is_beside_the_axes(figure)
     assert figure.axes[0].get_xlabel() == "tokens seen in training"
     assert figure.axes[0].get_ylabel() == "loss (nats per token)"
@@ -283,6 +302,34 @@ def test_no_two_runs_have_the_same_colour(run, figures, runs):
     assert len(set(colours)) == runs
     assert [to_rgba(line.get_color()) for line in figure.axes[0].lines[2::3]] == colours
     check_legend_is_beside_the_axes(figure)
+
+
+def test_legend_colours_and_table_have_the_lowest_best_loss_first(run, figures):
+    best = {f"lr{rate}e-{power}": (7 * rate + 3 * power) % 13 / 13 for rate in (1, 2, 4, 6) for power in (1, 2, 3)}
+    for name, loss in best.items():
+        write_run(f"out/{name}", losing(5.0, loss, 2.0 + loss))
+    status, out, _ = run("out/lr*")
+    assert status == 0
+    ranked = sorted(best, key=best.get)
+    assert [row["run"] for row in cells(out)] == ranked != sorted(best)
+    (figure,) = figures
+    assert legend(figure) == [f"{name}: {2 + best[name]:.4f}" for name in ranked]
+    assert [line.get_ydata()[1] for line in figure.axes[0].lines[2::3]] == [best[name] for name in ranked]
+
+
+def test_a_long_name_is_broken_after_a_separator(run, figures):
+    words = [f"{word}_{i}" for i, word in enumerate(["warmup", "learning", "rate", "weight", "decay", "dropout"] * 2)]
+    for separator in "_-":
+        write_run(separator.join(words))
+        assert run(separator.join(words))[0] == 0
+    write_run("x" * 100)
+    assert run("x" * 100)[0] == 0
+    first, second, third = ([text.get_text() for text in figure.legends[0].get_texts()][0] for figure in figures)
+    for label in (first, second):
+        *broken, _ = label.split("\n")
+        assert len(broken) > 1
+        assert all(25 <= len(line) <= 48 and line[-1] in "_-" for line in broken)
+    assert [len(line) for line in third.split("\n")] == [48, 48, 4 + len(": 3.7500")]
 
 
 def test_the_training_loss_is_faint_under_a_smoothed_line(run, figures):
@@ -364,15 +411,15 @@ def test_runs_that_differ_only_in_the_seed_are_a_mean_with_a_band(run, figures):
     status, out, _ = run("out/a-s1", "out/a-s2", "out/a-s3", "out/b-s1")
     assert status == 0
     (figure,) = figures
-    assert legend(figure) == [f"a: 3.0000 ± {statistics.stdev([2, 2.5, 4.5]):.4f}, 3 seeds", "b-s1: 1.0000"]
-    assert lines(figure)[2].tolist() == [[0, 6.0], [1000, 3.0]]
+    assert legend(figure) == ["b-s1: 1.0000", f"a: 3.0000 ± {statistics.stdev([2, 2.5, 4.5]):.4f}, 3 seeds"]
+    assert lines(figure)[5].tolist() == [[0, 6.0], [1000, 3.0]]
     (band,) = figure.axes[0].collections
     ends = band.get_paths()[0].vertices
     found = sorted({y for x, y in ends if x == 1000})
     assert found == pytest.approx([3 - statistics.stdev([2, 2.5, 4.5]), 3 + statistics.stdev([2, 2.5, 4.5])])
     b, a = cells(out)
-    assert (a["run"], a["lr"], a["seeds"], a["final"]) == ("a", "0.1", "3", "3.0000±1.3229")
-    assert (b["run"], b["lr"], b["seeds"], b["final"]) == ("b-s1", "0.2", "1", "1.0000")
+    assert (a["run"], a["lr"], a["seeds"], a["last"]) == ("a", "0.1", "3", "3.0000±1.3229")
+    assert (b["run"], b["lr"], b["seeds"], b["last"]) == ("b-s1", "0.2", "1", "1.0000")
 
 
 def test_a_seed_counts_once(run, figures):
@@ -404,7 +451,7 @@ def test_a_seed_that_is_not_done_is_in_the_mean_as_far_as_it_went(run, figures):
 def test_the_table_of_a_record_is_that_of_its_summary(folder):
     out = plot.table(plot.lines_of(plot.find([f"{folder}/*-s*.jsonl"])))
     theirs = [[cell.strip() for cell in line.split("|")[1:6]] for line in summary.table(folder).splitlines()[2:]]
-    ours = [[row[key].replace("±", " ± ") for key in ("run", "seeds", "steps", "final", "best")] for row in cells(out)]
+    ours = [[row[key].replace("±", " ± ") for key in ("run", "seeds", "steps", "last", "best")] for row in cells(out)]
     for row in ours:
         row[0] = row[0].rpartition("-s")[0] if row[1] == "1" else row[0]
     assert ours == theirs
@@ -421,7 +468,7 @@ def test_the_table_has_what_differs_and_what_the_runs_came_to(run):
     write_run("out/none", [{"tokens": 7, "loss": 1.0}])
     status, out, err = run("out/a", "out/b", "out/none")
     assert (status, err) == (0, "")
-    head = ["run", "bias", "learning_rate", "seeds", "steps", "tokens", "time", "final", "best"]
+    head = ["run", "bias", "learning_rate", "seeds", "steps", "tokens", "time", "last", "best"]
     assert [list(row.values()) for row in cells(out)] == [
         ["b", "False", "0.1", "1", "1", "1,000", "-", "1.5000", "1.5000"],
         ["a", "True", "0.0001", "1", "2,010", "2,058,240", "1:02:05", "2.5000", "2.0000"],
