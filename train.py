@@ -33,9 +33,12 @@ class Settings:
     seed: int = 1337  # seed of the initial weights, of the order of the data and of dropout
     # data
     dataset: str = "wikitext103"  # a folder under data/
-    batch_size: int = 12  # sequences in a micro-batch; 0 finds as many as fit, on a CPU as many as are fastest
+    batch_size: int = 12  # sequences in a micro-batch
     block_size: int = 1024  # tokens in a sequence
-    gradient_accumulation_steps: int = 40  # micro-batches in a step, over all processes; with batch_size=0 sequences
+    gradient_accumulation_steps: int = 40  # micro-batches in a step, over all processes together
+    auto_batch_size: bool = (
+        False  # True splits the step, their product, anew: the largest that fits, on a CPU the fastest
+    )
     # model
     n_layer: int = 12  # blocks
     n_head: int = 12  # attention heads
@@ -94,9 +97,9 @@ def check(s):
     """Raise UserError for settings that make no sense, alone or together."""
     settings.check(
         s,
-        positive="block_size gradient_accumulation_steps n_layer n_head n_embd log_interval",
-        not_negative="batch_size max_iters n_inner learning_rate weight_decay grad_clip max_epochs warmup_iters "
-        "lr_decay_iters min_lr eval_interval eval_iters patience save_interval save_epochs seed sample_tokens",
+        positive="batch_size block_size gradient_accumulation_steps n_layer n_head n_embd log_interval",
+        not_negative="max_iters n_inner learning_rate weight_decay grad_clip max_epochs warmup_iters lr_decay_iters "
+        "min_lr eval_interval eval_iters patience save_interval save_epochs seed sample_tokens",
         fraction="dropout beta1 beta2 momentum cooldown_frac",
         divisible="n_embd n_head",
     )
@@ -221,9 +224,8 @@ def make_micro_step(trained, scaler, accumulation, s, rt):
 
 def kept_names(s, state, sequences_per_step, sequences_per_epoch):
     """The names under which the checkpoint of this step is kept."""
-    names = []
-    if s.save_interval and state.step and state.step % s.save_interval == 0:
-        names.append(f"ckpt_iter_{state.step}.pt")
+    is_due = s.save_interval and state.step and state.step % s.save_interval == 0
+    names = [f"ckpt_iter_{state.step}.pt"] if is_due else []
     epoch = state.sequence // sequences_per_epoch
     epoch_before = max(0, state.sequence - sequences_per_step) // sequences_per_epoch
     if s.save_epochs and epoch // s.save_epochs > epoch_before // s.save_epochs:
@@ -243,8 +245,8 @@ def log_line(row, max_iters, seconds_left):
 def main():
     s = settings.load(Settings)
     check(s)
-    memory_advice = runtime.memory_advice(lambda: ahead.smaller_batch(s))
-    with processes.lost_process_advice(), memory_advice, checkpoint.Writer() as writer:
+    out_of_memory = runtime.memory_advice(ahead.smaller_batch, s)
+    with processes.lost_process_advice(), out_of_memory, checkpoint.Writer() as writer:
         status = train(s, writer)
         processes.leave()  # An evaluation and a finished run have not left yet.
     sys.exit(status)
@@ -254,7 +256,8 @@ def train(s, writer):
     """The whole run. Returns the exit status: 0, or 128 plus the number of the signal that stopped it."""
     # ---- machine ----
     rt = runtime.choose(s.device, s.dtype, s.compile, training=True, deterministic=s.deterministic)
-    rt.share_of(s.gradient_accumulation_steps)  # This refuses what can't be shared out before any work is done.
+    sequences_per_step = s.batch_size * s.gradient_accumulation_steps
+    rt.share_of(s.gradient_accumulation_steps if not s.auto_batch_size else sequences_per_step)  # This may refuse them.
 
     # ---- data: it is opened before the processes meet, since one of them may prepare it for an hour ----
     prepare.ensure(s.dataset)
@@ -263,7 +266,6 @@ def train(s, writer):
     tokens = dataset.tokens("train")
     val_ids = dataset.validation_ids() if s.eval_only or s.eval_interval else None
     sequences_per_epoch = data.blocks_per_epoch(len(tokens), s.block_size)
-    sequences_per_step = resume.sequences_per_step(vars(s))
     tokens_per_step = sequences_per_step * s.block_size
     steps_of_epochs = math.ceil(s.max_epochs * sequences_per_epoch / sequences_per_step)
     max_iters = steps_of_epochs or s.max_iters or ahead.planned_iters(Settings)
@@ -283,11 +285,10 @@ def train(s, writer):
     if resume.is_finished(s, start, max_iters, rt):
         return 0
     model = make_model(s, start, dataset, rt)
-    fit.choose_batch_size(model, s, rt)
+    fit.choose_batch_size(model, s, start, rt)
     accumulation = rt.share_of(s.gradient_accumulation_steps)  # this process's micro-batches in a step
     flops = model.flops_per_token()
-    size = f"{model.num_params() / 1e6:.5g} M parameters without positions, {flops / 1e9:.4g} GFLOP a token"
-    rt.say(f"{size}, about {runtime.expected_memory(model.config, s, rt) / 1e9:.2g} GB")
+    rt.say(ahead.size(model, s, rt))
     clock = Clock(rt)
     if s.eval_only:
         rt.say(f"step {state.step:,} | val loss {evaluate(model, val_ids, s, rt, clock):.4f}")
@@ -307,8 +308,7 @@ def train(s, writer):
 
     # ---- the loop ----
     stop, stopping = processes.StopSignal(rt), False
-    ready = next(batches)
-    skipped_in_a_row = 0
+    ready, skipped_in_a_row = next(batches), 0
     peak = rt.peak_flops() * rt.world_size
     while True:
         # -- the state is the one after `state.step` steps: evaluate it, save it, log it

@@ -2,8 +2,8 @@
 #     python train.py config/wikitext103_adamw.py
 #     torchrun --nproc_per_node=8 train.py config/wikitext103_adamw.py
 #
-# A step is 16 micro-batches x 8 sequences x 1,024 tokens = 131,072 tokens. The processes share the micro-batches, so
-# their number has to divide 16.
+# A step is 16 x 8 = 128 sequences x 1,024 tokens = 131,072 tokens, in the largest micro-batches that fit. The processes
+# share the sequences, so their number has to divide 128.
 # An epoch is 117.9 M tokens and an end-of-text for each page: about 115,200 blocks of 1,024, which is 900 steps.
 # 20 epochs are 18,000 steps and 2.36 billion tokens. A token takes 0.855 GFLOP, all of them 2.0e18 FLOP. By arithmetic
 # that is 4.5 hours at 40 % of an A100's dense bfloat16 peak of 312 TFLOP/s, or 1.4 hours at 40 % of an H100's 989.
@@ -18,7 +18,8 @@ n_embd = 768
 block_size = 1024
 dropout = 0.1
 
-batch_size = 8  # By arithmetic about 10 GB; with 32 and 4 accumulation steps the training is the same.
+auto_batch_size = True
+batch_size = 8
 gradient_accumulation_steps = 16
 
 learning_rate = 6e-4

@@ -1,12 +1,12 @@
 # A GPT-2 of 51 M parameters on WikiText-103, for one GPU of 8 GB.
 #     python train.py config/wikitext103_small.py
 #
-# A step is 16 micro-batches x 8 sequences x 512 tokens = 65,536 tokens. An epoch of 117.9 M tokens is 1,800 steps.
+# A step is 16 x 8 = 128 sequences x 512 tokens = 65,536 tokens. An epoch of 117.9 M tokens is 1,800 steps.
 # 10 epochs are 18,000 steps and 1.18 billion tokens.
 #
-# The memory is by arithmetic. Weights, gradients and two moments in float32 take 16 bytes x 51 M = 0.8 GB. A
-# micro-batch of 4,096 tokens has activations of about 60 bytes x 8 layers x 512 channels a token, 1 GB. The logits of a
-# chunk of the loss and their gradients take 2 GB.
+# The micro-batches are the largest that fit, by arithmetic 32 sequences in 8 GB. Weights, gradients and two moments in
+# float32 take 16 bytes x 51 M = 0.8 GB. A token's activations take 34 bytes x 8 layers x 512 channels, those of 32
+# sequences 2.3 GB. Their logits take 1.6 GB.
 out_dir = "out/wikitext103_small"
 dataset = "wikitext103"
 
@@ -16,6 +16,7 @@ n_embd = 512
 block_size = 512
 dropout = 0.1
 
+auto_batch_size = True
 batch_size = 8
 gradient_accumulation_steps = 16
 

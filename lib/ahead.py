@@ -3,7 +3,7 @@
 import sys
 import time
 
-from lib import settings
+from lib import runtime, settings
 from lib.clock import duration, shorter
 
 
@@ -37,6 +37,14 @@ def warnings(s, max_iters, steps_per_epoch):
             f"does not reach learning_rate; --warmup_iters={max_iters // 20}"
         )
     return [f"warning: {line}" for line in lines]
+
+
+def size(model, s, rt):
+    """A line on a model and the memory of its training."""
+    line = (
+        f"{model.num_params() / 1e6:.5g} M parameters without positions, {model.flops_per_token() / 1e9:.4g} GFLOP a "
+    )
+    return line + f"token, about {runtime.expected_memory(model.config, s, rt) / 1e9:.2g} GB"
 
 
 def planned_iters(cls):

@@ -1,4 +1,4 @@
-"""batch_size=0: the micro-batch that this machine trains fastest with, found by trying."""
+"""auto_batch_size=True: the micro-batches that this machine trains fastest with, found by trying."""
 
 import time
 
@@ -11,21 +11,23 @@ LIMIT = 20.0  # seconds for the trials on a CPU
 KEPT_FREE = 0.05  # share of a GPU's memory that evaluations and other programs may need
 
 
-def choose_batch_size(model, s, rt):
-    """Where s.batch_size is 0, split a step's sequences, s.gradient_accumulation_steps, into micro-batches.
+def choose_batch_size(model, s, start, rt):
+    """With s.auto_batch_size split the sequences of a step, s.batch_size * s.gradient_accumulation_steps, anew.
 
+    A run that goes on keeps what was found when it began, since micro-batches of another size draw another dropout.
     On a GPU these are the largest that fit, and elsewhere the fastest. Their size divides each process's share, and all
     processes take the smallest that one of them has found. Gradients are dropped.
     """
-    if s.batch_size:
+    if not s.auto_batch_size or start.keeps_batch_size:
         return
-    share = rt.share_of(s.gradient_accumulation_steps)
+    sequences = s.batch_size * s.gradient_accumulation_steps
+    share = sequences // rt.world_size
     memory = rt.memory() or float("inf")
     sizes = [n for n in range(1, min(share, MOST) + 1) if share % n == 0]
     sizes = [n for n in sizes if n == 1 or runtime.least_memory(model.config, s, rt, n) <= memory]
     found = largest(model, sizes, s, rt) if rt.device.type == "cuda" else fastest(model, sizes, s, rt)
     found = rt.least(found)
-    s.batch_size, s.gradient_accumulation_steps = found, s.gradient_accumulation_steps // found
+    s.batch_size, s.gradient_accumulation_steps = found, sequences // found
     why = "the largest that fits" if rt.device.type == "cuda" else "the fastest tried"
     rt.say(f"batch_size {found:,}, {why}, and {s.gradient_accumulation_steps:,} micro-batches in a step")
 

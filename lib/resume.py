@@ -48,6 +48,7 @@ class Start:
     ckpt: dict = field(default_factory=dict)  # what that checkpoint holds
     state: State = field(default_factory=State)
     in_place: bool = False  # whether path is out_dir's own ckpt.pt; else the command begins in a new out_dir
+    keeps_batch_size: bool = False  # whether the micro-batches are those that auto_batch_size has found before
     stamp: tuple | None = None  # identity of out_dir's ckpt.pt, which shows whether another process has saved since
 
 
@@ -62,8 +63,8 @@ def find(s, dataset, rt):
     start.state = State(**{name: start.ckpt[key] for name, key in KEYS.items()})
     start.in_place = is_same(start.path, last)
     then = start.ckpt["config"]
-    if not s.batch_size and then["gradient_accumulation_steps"] % rt.world_size == 0:
-        # With micro-batches of the same size a resume draws the same dropout.
+    start.keeps_batch_size = keeps_batch_size(s, then) and then["gradient_accumulation_steps"] % rt.world_size == 0
+    if start.keeps_batch_size:
         s.batch_size, s.gradient_accumulation_steps = then["batch_size"], then["gradient_accumulation_steps"]
     s.init_from = then["init_from"]  # A resume does not change where the run's first weights came from.
     if start.in_place:
@@ -209,14 +210,19 @@ def check_agreement(ckpt, path, s, dataset):
             "--resume_from, in another --out_dir or by --overwrite=True"
         )
     check_consistency(ckpt, path)
-    unsaid = MAY_DIFFER_UNSAID if s.batch_size else (*MAY_DIFFER_UNSAID, "batch_size", "gradient_accumulation_steps")
+    unsaid = ("batch_size", "gradient_accumulation_steps") if keeps_batch_size(s, then) else ()
+    unsaid += MAY_DIFFER_UNSAID
     changed = [key for key, value in now.items() if key not in unsaid and then.get(key, value) != value]
     return [f"{key} {then[key]} -> {now[key]}" for key in changed]
 
 
 def sequences_per_step(config):
-    """The sequences of a step, by a dict of settings. With batch_size=0 they are still to be split."""
-    return max(1, config["batch_size"]) * config["gradient_accumulation_steps"]
+    return config["batch_size"] * config["gradient_accumulation_steps"]
+
+
+def keeps_batch_size(s, then):
+    """Whether a size of micro-batches that was found stays, since those of another size draw another dropout."""
+    return s.auto_batch_size and then.get("auto_batch_size") is True
 
 
 def check_consistency(ckpt, path):

@@ -230,13 +230,11 @@ def auto_compile(device):
     return False, f"compile does not pay on {device.type}"
 
 
-def least_memory(config, s, rt, batch_size=0):
+def least_memory(config, s, rt, batch_size):
     """The bytes without which a training can't be, by arithmetic.
 
-    config: the model's GPTConfig. s: the settings batch_size, block_size and recompute. batch_size: one in place of
-    theirs.
+    config: the model's GPTConfig. s: the settings block_size and recompute.
     """
-    batch_size = batch_size or max(1, s.batch_size)
     # Weights, gradients and two moments are float32. A token needs its ids and, for the backward pass, at the very
     # least the inputs of the two branches of each block, or the block's alone where the block is computed again.
     activations = (1 if s.recompute else 2) * config.n_layer * config.n_embd
@@ -258,9 +256,10 @@ def expected_memory(config, s, rt):
 
 def check_memory(config, s, rt):
     """Raise UserError for a training that can't fit: better at once than killed by the system after minutes."""
-    if (needed := least_memory(config, s, rt)) > rt.memory() > 0:
+    batch_size = 1 if s.auto_batch_size else s.batch_size
+    if (needed := least_memory(config, s, rt, batch_size)) > rt.memory() > 0:
         raise UserError(
-            f"{config.num_params() / 1e6:,.0f} M parameters and {s.batch_size * s.block_size:,} tokens in a "
+            f"{config.num_params() / 1e6:,.0f} M parameters and {batch_size * s.block_size:,} tokens in a "
             f"micro-batch take more than {needed / 2**30:,.0f} GiB, {rt.device} has {rt.memory() / 2**30:,.0f}; take a "
             "smaller n_layer, n_embd, n_inner or batch_size"
         )
@@ -305,11 +304,11 @@ def is_out_of_memory(error):
 
 
 @contextmanager
-def memory_advice(advice):
-    """Raise a UserError that ends in the text advice() where memory runs out within the `with`."""
+def memory_advice(advice, *args):
+    """Raise a UserError that ends in the text advice(*args) where memory runs out within the `with`."""
     try:
         yield
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        raise UserError(f"out of memory{advice()}") from None
+        raise UserError(f"out of memory{advice(*args)}") from None

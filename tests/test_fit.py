@@ -1,7 +1,7 @@
-"""batch_size=0: the size that is chosen, and that the training stays what it is."""
+"""auto_batch_size: the size that is chosen, and that the training stays what it is."""
 
 import train as train_py
-from lib import fit, runtime
+from lib import fit, resume, runtime
 from model import GPT, GPTConfig
 
 import pytest
@@ -12,7 +12,8 @@ from conftest import rows, same_final_weights, weights
 @pytest.fixture
 def small():
     s = train_py.Settings()
-    s.batch_size, s.gradient_accumulation_steps, s.block_size = 0, 24, 8
+    s.batch_size, s.gradient_accumulation_steps, s.block_size = 3, 8, 8
+    s.auto_batch_size = True
     model = GPT(GPTConfig(block_size=8, vocab_size=16, n_layer=1, n_head=2, n_embd=8))
     return model, s, runtime.choose("cpu")
 
@@ -57,7 +58,7 @@ def test_a_cpu_takes_the_size_with_the_least_time_a_sequence(small, monkeypatch)
 def test_a_trial_leaves_no_gradients_and_the_weights_as_they_are(small):
     model, s, rt = small
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    fit.choose_batch_size(model, s, rt)
+    fit.choose_batch_size(model, s, resume.Start(), rt)
     assert s.batch_size * s.gradient_accumulation_steps == 24 and s.batch_size >= 1
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
@@ -68,7 +69,7 @@ def test_the_training_is_the_same_and_a_resume_keeps_the_size(train, monkeypatch
     """To the bit with the micro-batches that were found, dropout included."""
     sizes = iter([found, 4])
     monkeypatch.setattr(fit, "fastest", lambda model, all_sizes, s, rt: next(sizes))
-    args = "--batch_size=0", "--gradient_accumulation_steps=8"
+    args = "--auto_batch_size=True", "--batch_size=4", "--gradient_accumulation_steps=2"
     status, out, err = train(*args, "--out_dir=out/a", "--max_iters=5", "--lr_decay_iters=12")
     assert status == 0, err
     assert f"batch_size {found}, the fastest tried, and {8 // found} micro-batches in a step" in out
@@ -82,5 +83,19 @@ def test_the_training_is_the_same_and_a_resume_keeps_the_size(train, monkeypatch
 
 def test_another_number_of_sequences_is_another_run(train):
     assert train("--out_dir=out/a", "--max_iters=3")[0] == 0
-    status, _, err = train("--batch_size=0", "--gradient_accumulation_steps=4", "--out_dir=out/a")
+    status, _, err = train("--auto_batch_size=True", "--gradient_accumulation_steps=1", "--out_dir=out/a")
     assert status == 2 and "tokens a step was 128 and is 64" in err
+
+
+def test_a_run_that_named_its_size_says_that_it_is_chosen_from_now_on(train, monkeypatch):
+    monkeypatch.setattr(fit, "fastest", lambda model, sizes, s, rt: 8)
+    train("--out_dir=out/a", "--max_iters=4", "--lr_decay_iters=12")
+    status, out, err = train("--auto_batch_size=True", "--out_dir=out/a")
+    assert status == 0 and "auto_batch_size False -> True" in out and "batch_size 8, the fastest tried" in out, err
+
+
+def test_what_the_processes_cannot_share_is_refused(train, monkeypatch):
+    for key, value in {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(key, value)
+    status, _, err = train("--auto_batch_size=True", "--out_dir=out/a")
+    assert status == 2 and "not divisible by 3 of them" in err

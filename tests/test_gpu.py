@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import train as train_py
-from lib import captured, checkpoint, fit, runtime
+from lib import captured, checkpoint, fit, resume, runtime
 from model import GPT, ChunkedCrossEntropy, GPTConfig
 from muon import orthogonalize
 
@@ -242,10 +242,11 @@ def test_attention_drops_the_share_that_it_is_told():
 
 def test_the_largest_micro_batch_that_fits_is_found_where_memory_ends():
     s = train_py.Settings()
-    s.batch_size, s.gradient_accumulation_steps, s.block_size = 0, 1 << 15, 64
+    s.batch_size, s.gradient_accumulation_steps, s.block_size = 1, 1 << 15, 64
+    s.auto_batch_size = True
     model = GPT(GPTConfig(block_size=64, vocab_size=257, n_layer=8, n_head=4, n_embd=256)).cuda()
     rt = runtime.choose("cuda", "bfloat16", False, training=True)
-    fit.choose_batch_size(model, s, rt)
+    fit.choose_batch_size(model, s, resume.Start(), rt)
     assert 256 <= s.batch_size < 1 << 15 and s.batch_size * s.gradient_accumulation_steps == 1 << 15
     torch.cuda.reset_peak_memory_stats()
     fit.run(model, s.batch_size, s, rt)

@@ -659,7 +659,7 @@ def test_out_of_memory_says_which_batch_trains_the_same(train, monkeypatch, batc
         ["--overwrite=True", "--init_from=resume"],
         ["--seed=1e30"],
         ["--n_head=3"],
-        ["--batch_size=-1"],
+        ["--batch_size=0"],
         ["--dropout=1"],
         ["--learning_rate=-1"],
         ["--device=tpu"],
