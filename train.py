@@ -36,9 +36,7 @@ class Settings:
     batch_size: int = 12  # sequences in a micro-batch
     block_size: int = 1024  # tokens in a sequence
     gradient_accumulation_steps: int = 40  # micro-batches in a step, over all processes together
-    auto_batch_size: bool = (
-        False  # True splits the step, their product, anew: the largest that fits, on a CPU the fastest
-    )
+    auto_batch_size: bool = False  # True splits their product anew: as large as fits, on a CPU as fast as is found
     # model
     n_layer: int = 12  # blocks
     n_head: int = 12  # attention heads

@@ -5,6 +5,9 @@
 # With GPT-2's ids the model has 12 M parameters, 9.6 M of them in the embedding. A step is 16 sequences x 256 = 4,096
 # tokens. 600 steps are 2.5 M tokens, about 10 MB of English. Of a text of 5 MB that is two epochs. The run ends after
 # three evaluations that are no better, and best.pt has the best.
+#
+# War and Peace, 3.2 MB, took 27 minutes on two cores of an AMD EPYC that had other work now and then. The validation
+# loss was 5.149 at best, which is 1.56 bits per byte (2026-11-26).
 out_dir = "out/text_medium"
 dataset = "book"
 
