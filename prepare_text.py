@@ -8,9 +8,9 @@
     zcat dump.gz | python prepare_text.py - --dataset=dump
 
 A folder stands for every file in it that is not hidden. Each file is a document. With --separator, a document is the
-text between two separators. Text is UTF-8, or UTF-16 with a byte-order mark. Each record of a .jsonl, .json, .csv or
-.parquet file is a document. All of these may be .gz files. `-` is standard input. `hub:` is a data set of the Hugging
-Face hub. What is not plain UTF-8 is kept in a temporary folder in data/ until the end.
+text between two separators. Text is UTF-8, or UTF-16 with a byte-order mark. Each record of a .jsonl, .ndjson, .json,
+.csv, .tsv or .parquet file is a document. All of these may be .gz files. `-` is standard input. `hub:` is a data set of
+the Hugging Face hub. What is not plain UTF-8 is kept in a temporary folder in data/ until the end.
 
 Some documents are drawn for the validation split. Where whole documents would miss its share by more than half, it is
 the end of the largest one. A data set of the hub may bring splits of its own. The last line printed is a command that
@@ -31,6 +31,7 @@ import numpy as np
 
 # The config for a text of fewer bytes than this.
 CONFIGS = {1e6: "config/text_small.py", 20e6: "config/text_medium.py", float("inf"): "config/books.py"}
+NO_EVALUATION = ["--eval_interval=0", "--patience=0"]
 
 
 @dataclass
@@ -88,7 +89,8 @@ def place_to_cut(path, begin, end, share, is_alone):
 def share_out(texts, fraction, seed):
     """The documents of all Texts: int64 (n, 4). Some become the validation split, unless a Text brings one.
 
-    A row is (index of the Text, begin, end, index of the split in data.SPLITS).
+    A row is (index of the Text, begin, end, index of the split in data.SPLITS). Returns the rows, and the index of the
+    row that is cut off the document of the row before it; None where no document is cut.
     """
     table = np.concatenate(
         [np.insert(t.spans, [0, 2], [i, data.SPLITS.index(t.split)], axis=1) for i, t in enumerate(texts)]
@@ -97,7 +99,7 @@ def share_out(texts, fraction, seed):
     train, val = data.SPLITS.index("train"), data.SPLITS.index("val")
     drawn_from = np.flatnonzero(splits == train)
     if not fraction or (splits == val).any() or not len(drawn_from):
-        return table
+        return table, None
     is_alone, share = len(drawn_from) == 1, fraction * sizes[drawn_from].sum()
     chosen = drawn_from[draw_validation(sizes[drawn_from], fraction, seed)]
     if is_alone or abs(sizes[chosen].sum() - share) > share / 2:
@@ -106,13 +108,14 @@ def share_out(texts, fraction, seed):
         path, name, *_ = texts[of_text]
         at = place_to_cut(path, begin, end, share, is_alone) if share < end - begin else 0
         if at:
-            settings.say(f"the validation split is the last {end - at:,} bytes of a document of {name}")
+            size = prepare.counted(end - at, "byte")
+            settings.say(f"the validation split is the last {size} of a document of {name}")
             table[largest, 2] = at
-            return np.insert(table, largest + 1, [of_text, at, end, val], axis=0)
+            return np.insert(table, largest + 1, [of_text, at, end, val], axis=0), largest + 1
         if is_alone:
             raise UserError(f"{name} is one line, which can't be split; name more files, or take --val_fraction=0")
     table[chosen, 3] = val
-    return table
+    return table, None
 
 
 # ---- what is printed ----
@@ -124,9 +127,10 @@ def warn_of_copies(table, digests):
     for i, split in enumerate(data.SPLITS[1:], start=1):
         held_out = digests[table[:, 3] == i]
         if copies := np.isin(held_out, train).sum():
+            of = prepare.counted(len(held_out), "document")
             settings.say(
-                f"warning: {copies:,} of {len(held_out):,} documents of the {split} split are in the train split too, "
-                "which makes its loss too low; leave out the copies"
+                f"warning: the train split holds {copies:,} of {of} of the {split} split too, "
+                "which makes the loss too low; leave out the copies"
             )
 
 
@@ -137,7 +141,7 @@ def next_command(dataset, meta):
     if size < min(CONFIGS) and meta["tokenizer"] == "gpt2":
         settings.say("a text of less than 1 MB suits a small model better as bytes: --tokenizer=bytes --overwrite=True")
     words = ["python", "train.py", config, f"--dataset={dataset}", f"--out_dir=out/{dataset}"]
-    return shlex.join(words + ["--eval_interval=0"] * ("val" not in meta["splits"]))
+    return shlex.join(words + NO_EVALUATION * ("val" not in meta["splits"]))
 
 
 def main():
@@ -156,13 +160,15 @@ def main():
         if not sum(len(each.spans) for each in texts):
             only = "separators" if s.separator else "empty records"
             raise UserError(f"these files hold nothing but {only}; name files with text")
-        table = share_out(texts, s.val_fraction, s.seed)
+        table, cut = share_out(texts, s.val_fraction, s.seed)
         digests = np.zeros(len(table), np.uint64)
 
         def pieces():
             has_mark = bool(s.separator)
             for i, (of_text, begin, end, split) in enumerate(table.tolist()):
-                digest, source = hashlib.blake2b(digest_size=8), texts[of_text]
+                source = texts[of_text]
+                if i != cut:  # The digest of the last part of a document goes on to be that of the whole document.
+                    digest = hashlib.blake2b(digest_size=8)
                 for piece, is_last in prepare.read_pieces(source.path, begin, end):
                     digest.update(piece.encode())
                     if not has_mark and not source.is_records and tokenizer.ENDOFTEXT in piece:

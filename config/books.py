@@ -5,8 +5,9 @@
 # A step is 16 sequences x 256 tokens = 4,096 tokens. 2,000 steps are 8.2 M tokens, a tenth of an epoch over 319 MB of
 # English.
 #
-# 97 books, 45 MB, took 11 seconds of steps on an H200, at 792,000 tokens/s. The validation loss on four others was 5.22,
-# which is 1.98 bits per byte (2026-11-26). Two cores of an AMD EPYC take 4.7 seconds a step, so 2.6 hours by arithmetic.
+# 97 books, 45 MB, took 11 seconds of steps on an H200, at 792,000 tokens/s. The validation loss on four others was
+# 5.22, which is 1.98 bits per byte (2026-11-26). Two cores of an AMD EPYC take 4.7 seconds a step, which is 2.6 hours
+# by arithmetic.
 out_dir = "out/books"
 dataset = "books"
 

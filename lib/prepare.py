@@ -22,6 +22,7 @@ import numpy as np
 from filelock import Timeout
 
 PIECE = 1 << 20  # bytes of a read, and about as many characters for a thread at a time
+NEAR = 4096  # bytes on either side of one that is not text, which tell what the file is
 
 
 # ---- reading text ----
@@ -52,13 +53,25 @@ def decode(file, name, begin=0, size=None, takes_utf16=False):
             text = decoder.decode(block, final=not block or at + len(block) == end)
         except UnicodeDecodeError as error:
             offset = at - pending + error.start
-            raise UserError(
-                f"{name}: byte {offset:,} is not {encoding}; iconv -f LATIN1 -t UTF-8 OLD > NEW converts Latin-1"
-            ) from None
+            near = error.object[max(0, error.start - NEAR) : error.start + NEAR]
+            raise UserError(f"{name}: byte {offset:,} is not {encoding}{advice(near, encoding)}") from None
         yield text.removeprefix("\ufeff") if at == 0 else text  # without the byte-order mark of a Windows editor
         if not block:
             return
         at += len(block)
+
+
+def advice(near, encoding):
+    """What a message says of the bytes near one that is not of the encoding: what they are, and what to do."""
+    if encoding == "UTF-16":
+        return "; put a sound copy in its place"
+    if near.startswith(b"\x1f\x8b"):
+        return " (it is gzip); gunzip it first"
+    if near.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return " (it is UTF-16); iconv -f UTF-16 -t UTF-8 OLD > NEW converts UTF-16"
+    if re.search(rb"[^\t\n\f\r -~\x80-\xff]", near):  # Latin-1 text holds no other control bytes.
+        return " (it looks binary); name files of plain text"
+    return "; iconv -f LATIN1 -t UTF-8 OLD > NEW converts Latin-1"
 
 
 def read_pieces(path, begin=0, end=None):
@@ -283,11 +296,16 @@ def put_in_place(partial, folder, splits):
         (folder / f"{split}.bin").unlink(missing_ok=True)
 
 
+def counted(number, noun):
+    """A number and its noun, as in "1 file" and "2 files"."""
+    return f"{number:,} {noun}" + "s" * (number != 1)
+
+
 def summary(name, meta):
     """The counts of a dataset, a line for each split."""
     lines = [f"data/{name}: tokenizer {meta['tokenizer']}, {meta['vocab_size']:,} ids"]
     for split, c in meta["splits"].items():
-        facts = [f"{c[k]:,} {k}" for k in data.COUNTS if c[k] is not None]
+        facts = [counted(c[k], k.removesuffix("s")) for k in data.COUNTS if c[k] is not None]
         lines.append(f"  {split:12s} {', '.join(facts)}")
     return "\n".join(lines)
 

@@ -24,7 +24,9 @@ from lib.settings import UserError
 
 import numpy as np
 
-FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}  # files of records
+# Files of records by their names.
+FORMATS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
+DELIMITERS = {"csv": ",", "tsv": "\t"}
 HUB_SPLITS = {"train": "train", "validation": "val", "valid": "val", "val": "val", "dev": "val", "test": "test"}
 STDIN, HUB = "-", "hub:"
 SHOWN = 5  # names in a message about several files
@@ -50,6 +52,8 @@ def find(arguments):
     """
     sources = {}
     for argument in arguments:
+        if not argument:
+            raise UserError("one of the paths is empty, as an unset variable of the shell is; name files or folders")
         if argument == STDIN or argument.startswith(HUB):
             sources[argument] = argument
             continue
@@ -61,7 +65,7 @@ def find(arguments):
                 sources.setdefault(each.resolve(), each)
     empty = [p for p in sources.values() if isinstance(p, Path) and p.is_file() and p.stat().st_size == 0]
     if empty:
-        settings.say(f"left out {len(empty)} empty files, such as {empty[0]}")
+        settings.say(f"left out {prepare.counted(len(empty), 'empty file')}, the first is {empty[0]}")
     if len(sources) == len(empty):
         raise UserError("these paths hold no text; name files that do")
     return [p for p in sources.values() if p not in empty]
@@ -92,10 +96,10 @@ def read_text(source, separator, folder):
         with contextlib.nullcontext() if is_utf8_file else open(path, "wb") as copy:
             for block in prepare.decode(file, name, takes_utf16=True):
                 if "\0" in block:
-                    raise UserError(
-                        f"{name} holds NUL bytes, as no text does; "
-                        "iconv -f UTF-16LE -t UTF-8 OLD > NEW converts UTF-16 without a byte-order mark"
-                    )
+                    remedy = "iconv -f UTF-16LE -t UTF-8 OLD > NEW converts UTF-16 without a byte-order mark"
+                    if "\0" in block[::2]:  # In UTF-16LE only the second byte of a letter is 0.
+                        remedy = "name files of plain text"
+                    raise UserError(f"{name} holds NUL bytes, as no text does; {remedy}")
                 if copy:
                     copy.write(block.encode())
     return Text(path, name, document_spans(path, separator))
@@ -159,16 +163,18 @@ def record_format(source):
 
 
 def read_records(path, column, folder):
-    """The Text of a .jsonl, .json, .csv or .parquet file, one document a record. Raises UserError."""
+    """The Text of a file of one of the FORMATS, one document a record. Raises UserError."""
     import datasets
 
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     kind = record_format(path)
-    read = {"json": datasets.Dataset.from_json, "csv": datasets.Dataset.from_csv}.get(
-        kind, datasets.Dataset.from_parquet
+    read = {"json": datasets.Dataset.from_json, "parquet": datasets.Dataset.from_parquet}.get(
+        kind, datasets.Dataset.from_csv
     )
     # These functions ask no hub, as load_dataset would. They take a path for a glob.
     options = {"split": "train", "streaming": True, "cache_dir": str(folder / "cache")}
+    if kind in DELIMITERS:  # Words such as NA stay text.
+        options |= {"sep": DELIMITERS[kind], "keep_default_na": False}
 
     def batches():
         with prepare.one_line(f"{path} can't be read as records of {kind}", "mend the file"):
@@ -179,11 +185,17 @@ def read_records(path, column, folder):
                 with gzip.open(path) as packed, open(file, "wb") as unpacked:
                     shutil.copyfileobj(packed, unpacked)
             file = glob.escape(str(file))
-            if kind == "csv":  # Without a type the column's numbers and words such as NA would not stay text.
-                options["keep_default_na"] = False
-                if column in next(iter(read(file, **options)), {}):
+            try:
+                # Without a type the numbers of a column would not stay text.
+                if kind in DELIMITERS and column in next(iter(read(file, **options)), {}):
                     options["features"] = datasets.Features({column: datasets.Value("string")})
-            yield from read(file, **options).iter(1000)
+                yield from read(file, **options).iter(1000)
+            except Exception:
+                if kind != "parquet" and path.is_file():
+                    with open_binary(path) as binary:  # If this is not UTF-8, decode names the byte and the remedy.
+                        for _ in prepare.decode(binary, path):
+                            pass
+                raise
 
     return write_records(batches(), column, str(path), new_file(folder), "train")
 
@@ -221,7 +233,7 @@ def write_records(batches, column, name, path, split):
     """Write the column of batches {column: [text or None]} to a file. Returns its Text, without empty documents."""
     from tqdm import tqdm
 
-    ends = array("q", [0])
+    ends, empty = array("q", [0]), 0
     with open(path, "wb") as file, tqdm(unit=" records", unit_scale=True, desc=name, disable=None, leave=False) as bar:
         for batch in batches:
             if column not in batch:
@@ -234,7 +246,11 @@ def write_records(batches, column, name, path, split):
                     raise UserError(f"{says} (there: {', '.join(batch)}); --column=NAME takes another")
                 if document:
                     ends.append(ends[-1] + file.write(document.encode()))
+                else:
+                    empty += 1
             bar.update(len(batch[column]))
+    if empty:
+        settings.say(f"{name}: left out {prepare.counted(empty, 'record')} without text")
     return Text(path, name, np.stack([ends[:-1], ends[1:]], axis=1), split, is_records=True)
 
 
@@ -263,10 +279,12 @@ def read(sources, column, separator, skip, folder):
     more = f" and {len(wrong) - SHOWN} more" * (len(wrong) > SHOWN)
     says = ", ".join(wrong[:SHOWN]) + more
     if skip:
-        settings.say(f"left out {len(wrong)} of {len(sources)} files, which are not text: {says}")
+        settings.say(f"left out {len(wrong)} of {len(sources)} files for not being text: {says}")
         if texts:
             return texts
         raise UserError("none of these files is text; name files that are")
     if len(wrong) > 1:
         says = f"{len(wrong)} of {len(sources)} files are not text: {says}"
-    raise UserError(f"{says}; {', '.join(dict.fromkeys(remedies))}, and --skip=True leaves out what is not text")
+    if len(sources) > 1:
+        remedies += ("and --skip=True leaves out what is not text",)
+    raise UserError(f"{says}; {', '.join(dict.fromkeys(remedies))}")

@@ -187,6 +187,8 @@ def write(name, title, config, published, s):
         says = f"{REPO} could not be fetched from the hub"
         remedy = f"run this again. Without a network, copy data/{name}/ from a machine that has one, or name a folder "
         remedy += "or zip with wiki.train.raw by --source=PATH, or try the demo: python train.py config/demo.py"
+    if s.source and not Path(s.source).exists():
+        raise UserError(f"--source={s.source}: there is no such folder or zip; name one that exists")
     with prepare.lock(name):
         if name in data.names():
             have = ", ".join(data.Dataset(name).paths)

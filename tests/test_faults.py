@@ -306,7 +306,7 @@ REFUSED = {
     "a metrics.jsonl that is a folder": (folder_at("out/a/metrics.jsonl"), ["train", *ON], "metrics.jsonl"),
     "no hub": (None, ["prepare_wikitext103"], "--source=PATH"),
     "no hub to start from": (None, ["train", *NEW, "--init_from=gpt2"], "gpt2 cannot be had from the hub"),
-    "no such source": (None, ["prepare_wikitext103", "--source=x.zip"], "neither a folder nor a whole zip"),
+    "no such source": (None, ["prepare_wikitext103", "--source=x.zip"], "no such folder or zip"),
     "a part of the corpus": (put("src/wiki.test.raw", "x\n"), ["prepare_wikitext103", "--source=src"], "--check=False"),
     # sampling
     "a name too long": (None, ["train", *NEW, f"--out_dir=out/{'a' * 300}"], "File name too long"),

@@ -12,7 +12,8 @@ import threading
 from pathlib import Path
 
 import prepare_text
-from lib import data, text, tokenizer
+import train
+from lib import data, settings, text, tokenizer
 
 import conftest
 import numpy as np
@@ -127,8 +128,9 @@ def test_a_file_whose_name_looks_like_a_glob_is_itself(prepare):
 
 def test_empty_files_are_left_out_and_that_is_said(prepare):
     write({"t/a.txt": "one", "t/b.txt": "", "t/c.txt": "", "t/d.txt": "two"})
-    assert "left out 2 empty files, such as t/b.txt" in prepare("t", "--val_fraction=0")
+    assert "left out 2 empty files, the first is t/b.txt" in prepare("t", "--val_fraction=0")
     assert documents("train") == ["one", "two"]
+    assert "left out 1 empty file, " in prepare("t/a.txt", "t/b.txt", "--val_fraction=0", "--overwrite=True")
     assert "left out" not in prepare("t/a.txt", "t/d.txt", "--overwrite=True")
 
 
@@ -208,12 +210,10 @@ MIXED = {
 def test_all_that_is_not_text_is_named_in_one_message(mistake):
     write(MIXED)
     says = mistake("t")
-    assert (
-        "6 of 8 files are not text: t/a.docx: byte 4 is not UTF-8, t/b.txt: byte 3 is not UTF-8, t/c.txt holds" in says
-    )
+    assert "6 of 8 files are not text: t/a.docx: byte 4 is not UTF-8 (it looks binary), t/b.txt: byte 3 is not" in says
     assert "t/e.txt.gz can't be read" in says
     assert "t/f.jsonl has no column 'text' (there: body, n) and 1 more; " in says
-    for remedy in ("iconv -f LATIN1 -t UTF-8 OLD > NEW", "iconv -f UTF-16LE", "--column=NAME", "--skip=True"):
+    for remedy in ("plain text", "iconv -f LATIN1 -t UTF-8", "iconv -f UTF-16LE", "--column=NAME", "--skip=True"):
         assert says.count(remedy) == 1
     assert data.names() == []
     one = mistake("t/b.txt", "t/d.txt")
@@ -221,9 +221,41 @@ def test_all_that_is_not_text_is_named_in_one_message(mistake):
     assert "--skip=True" in one
 
 
+PACKED, PNG = gzip.compress(b"one\n", mtime=0), b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
+TAR = b"a.txt".ljust(512, b"\0") + b"one\n".ljust(512, b"\0")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "remedy"),
+    [
+        ("-", PACKED, "(it is gzip); gunzip it first"),
+        ("a.md", PACKED, "(it is gzip); gunzip it first"),
+        ("a.png", PNG, "name files of plain text"),
+        ("a.docx", b"PK\x03\x04 a zip\xff", "name files of plain text"),
+        ("a.pdf", b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n1 0 obj\nstream\n\x01\x02", "name files of plain text"),
+        ("a.tar", TAR, "name files of plain text"),
+        ("a.txt", "no mark".encode("utf-16-le"), "iconv -f UTF-16LE -t UTF-8 OLD > NEW converts UTF-16"),
+        ("a.txt", "a\ud800b".encode("utf-16", "surrogatepass"), "put a sound copy in its place"),
+        ("a.txt", "x" * 99_999 + "café\t\f\r\n", "iconv -f LATIN1 -t UTF-8 OLD > NEW converts Latin-1"),
+        ("a.csv", "text\n" + "x\n" * 99_999 + "café\n", "iconv -f LATIN1 -t UTF-8 OLD > NEW converts Latin-1"),
+        ("a.json", '[{"text": "café"}]', "iconv -f LATIN1 -t UTF-8 OLD > NEW converts Latin-1"),
+        ("a.jsonl", '{"text": "café"}\n', "iconv -f LATIN1 -t UTF-8 OLD > NEW converts Latin-1"),
+        ("a.tsv", "text\tn\ncafé\t1\n".encode("utf-16"), "iconv -f UTF-16 -t UTF-8 OLD > NEW converts UTF-16"),
+        ("a.csv", PACKED, "(it is gzip); gunzip it first"),
+    ],
+)
+def test_what_is_not_text_is_answered_by_what_it_is(mistake, name, content, remedy):
+    content = content if isinstance(content, bytes) else content.encode("latin-1")
+    write({name: content, "b.txt": "fine"})
+    said = mistake(name, stdin=content)
+    assert remedy in said and said.count("iconv") == remedy.count("iconv") and "--skip=True" not in said
+    said = mistake(name, "b.txt", stdin=content)
+    assert remedy in said and said.endswith(", and --skip=True leaves out what is not text")
+
+
 def test_skip_leaves_out_what_is_not_text_and_counts_it(prepare, mistake):
     write(MIXED)
-    assert "left out 6 of 8 files, which are not text: t/a.docx: byte 4" in prepare("t", "--skip=True")
+    assert "left out 6 of 8 files for not being text: t/a.docx: byte 4" in prepare("t", "--skip=True")
     assert all_documents() == ["fine", "fine too"]
     assert "none of these files is text" in mistake("t/a.docx", "t/b.txt", "--skip=True", "--overwrite=True")
 
@@ -257,22 +289,26 @@ RECORDS = ["one é", 'two\n\n"lines", of it\n', "12", "NA", "", "null", " six ",
 def record_files():
     rows = [{"n": i, "text": text} for i, text in enumerate(RECORDS)]
     lines = "".join(json.dumps(row) + "\n" for row in rows)
-    quoted = "".join(f"{i}," + '"' + text.replace('"', '""') + '"\n' for i, text in enumerate(RECORDS))
+    quoted = ['"' + text.replace('"', '""') + '"\n' for text in RECORDS]
+    csv, tsv = (f"n{d}text\n" + "".join(f"{i}{d}{text}" for i, text in enumerate(quoted)) for d in ",\t")
     return {
         "a[1].jsonl": lines.encode(),
         "a.json": json.dumps(rows, indent=1).encode(),
-        "a.csv": f"n,text\n{quoted}".encode(),
+        "a.ndjson": lines.encode(),
+        "a.csv": csv.encode(),
+        "a.tsv": tsv.encode(),
         "a.parquet": parquet(RECORDS),
     }
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("name", ["a[1].jsonl", "a.json", "a.csv", "a.parquet"])
+@pytest.mark.parametrize("name", ["a[1].jsonl", "a.json", "a.ndjson", "a.csv", "a.tsv", "a.parquet"])
 def test_a_record_is_a_document(prepare, name, packed):
     content = record_files()[name]
     write({name + ".gz" * packed: gzip.compress(content) if packed else content})
-    prepare(name + ".gz" * packed, "--val_fraction=0")
+    said = prepare(name + ".gz" * packed, "--val_fraction=0")
     assert documents("train") == [text for text in RECORDS if text]
+    assert f"{name + '.gz' * packed}: left out 1 record without text\n" in said
     assert no_temporary_files()
 
 
@@ -280,6 +316,12 @@ def test_records_and_text_may_be_mixed_and_the_column_named(prepare):
     write({"a.csv": "body,text\none,x\ntwo,y\n", "b.txt": "three", "c.jsonl": '{"body": "four"}\n{"body": null}\n'})
     prepare("a.csv", "b.txt", "c.jsonl", "--column=body", "--val_fraction=0")
     assert documents("train") == ["one", "two", "three", "four"]
+
+
+def test_records_without_text_are_counted(prepare):
+    write({"a.jsonl": '{"text": "x"}\n{"n": 1}\n{"text": null}\n{"text": ""}\n', "b.jsonl": '{"text": "y"}\n'})
+    said = prepare("a.jsonl", "b.jsonl", "--val_fraction=0")
+    assert said.count("left out") == 1 and "a.jsonl: left out 3 records without text\n" in said
 
 
 @pytest.mark.parametrize(
@@ -310,10 +352,10 @@ def start(endpoint, *args):
 def test_files_of_records_ask_no_hub_and_leave_no_cache():
     write(record_files())
     with Hub({}) as hub:
-        process = start(hub.url, "a[1].jsonl", "a.json", "a.csv", "a.parquet", "--dataset=mine")
+        process = start(hub.url, *record_files(), "--dataset=mine")
         _, err = process.communicate(timeout=120)
         assert (process.returncode, hub.answers) == (0, []), err
-    assert len(all_documents()) == 4 * 7
+    assert len(all_documents()) == 7 * len(record_files())
     assert not Path(".cache").exists()
 
 
@@ -375,7 +417,7 @@ def test_the_summary_says_what_was_made_and_how_to_train_on_it(prepare):
     assert out.splitlines()[-1] == "python train.py config/text_small.py --dataset=mine --out_dir=out/mine"
     for split, counts in json.loads(Path("data/mine/meta.json").read_text())["splits"].items():
         line = next(line for line in out.splitlines() if line.strip().startswith(split))
-        assert all(f"{counts[k]:,} {k}" in line for k in data.COUNTS)
+        assert all(f"{counts[k]:,} {k if counts[k] > 1 else k[:-1]}" in line for k in data.COUNTS)
 
 
 @pytest.mark.parametrize(
@@ -534,9 +576,19 @@ def test_equal_documents_on_both_sides_are_counted(prepare):
     out = prepare("t", "--val_fraction=0.2")
     copies = sum(text in documents("train") for text in documents("val"))
     assert copies > 0
-    assert f"warning: {copies} of {len(documents('val'))} documents of the val split are in the train split too" in out
+    assert f"warning: the train split holds {copies} of {len(documents('val'))} documents of the val split too" in out
     write({f"u/{i}.txt": f"document {i}\n" * 100 for i in range(20)})
     assert "warning" not in prepare("u", "--val_fraction=0.2", "--overwrite=True")
+
+
+def test_a_cut_document_with_a_copy_is_counted(prepare):
+    write({f"c{i}.txt": "\ufeff" * (i % 2) + "one line\n" * 200 for i in range(6)})
+    out = prepare(*(f"c{i}.txt" for i in range(6)))
+    assert "the validation split is the last " in out
+    assert "warning: the train split holds 1 of 1 document of the val split too" in out
+    write({f"c{i}.txt": f"line of {i}\n" * 200 for i in range(6)})
+    out = prepare(*(f"c{i}.txt" for i in range(6)), "--overwrite=True")
+    assert "the validation split is the last " in out and "warning" not in out
 
 
 @pytest.mark.parametrize(
@@ -558,7 +610,10 @@ def test_the_config_fits_the_bytes(size, config, capsys):
     prepare_text.next_command("d", meta | {"tokenizer": "bytes"})
     assert capsys.readouterr().out == ""
     del meta["splits"]["val"]
-    assert prepare_text.next_command("d", meta).endswith(" --eval_interval=0")
+    command = shlex.split(prepare_text.next_command("d", meta))
+    s = settings.load(train.Settings, [str(ROOT / command[2]), *command[3:]])
+    train.check(s)
+    assert s.eval_interval == 0
 
 
 # ---- memory ----
@@ -654,6 +709,7 @@ def test_no_name_is_a_mistake(script):
     ("args", "says"),
     [
         ([], "name the files"),
+        (["a.txt", ""], "one of the paths is empty"),
         (["a.txt", "nothing.txt"], "nothing.txt: there is no such file, folder or glob"),
         (["*.md"], "*.md: there is no such file, folder or glob"),
         (["empty.txt"], "these paths hold no text"),

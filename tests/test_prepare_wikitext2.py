@@ -68,6 +68,8 @@ def test_rows_and_words_must_be_the_published_ones(prepared, tmp_path, monkeypat
     status, out, _ = prepared(f"--source={tmp_path}")
     assert status == 0 and "warning" not in out and data.names() == ["wikitext2"]
     assert "data/wikitext2 exists already" in prepared(f"--source={tmp_path}")[1]
+    status, _, err = prepared("--source=mistyped")
+    assert status == 2 and "--source=mistyped: there is no such folder or zip" in err
 
 
 def test_a_part_of_the_corpus_is_one_line_that_names_it(prepared, tmp_path):

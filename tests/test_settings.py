@@ -14,6 +14,7 @@ from typing import Literal
 
 import eval
 import export
+import prepare_text
 import sample
 import train
 from lib import settings
@@ -345,7 +346,20 @@ def test_an_unknown_key_on_the_command_line_names_the_argument_and_the_nearest_k
         (train, "--data=x", "dataset"),
         (train, "--hidden_size=3", "n_embd"),
         (train, "--batch=3", "batch_size"),
+        (train, "--bs=3", "batch_size"),
+        (train, "--train_steps=3", "max_iters"),
+        (train, "--max_seq_length=3", "block_size"),
+        (train, "--eval_steps=3", "eval_interval"),
+        (train, "--bf16=True", "dtype"),
+        (train, "--gpu=0", "device"),
+        (train, "--gradient_checkpointing=True", "recompute"),
+        (eval, "--max_length=3", "block_size"),
+        (eval, "--output_path=x", "json"),
         (sample, "--prompt=x", "start"),
+        (sample, "--text=x", "start"),
+        (sample, "--length=3", "max_new_tokens"),
+        (sample, "--n=3", "num_samples"),
+        (prepare_text, "--name=x", "dataset"),
         (sample, "--prompt", "start"),
         (sample, "--model=gpt2", "init_from"),
         (sample, "--max_tokens=3", "max_new_tokens"),
