@@ -122,7 +122,7 @@ def chunk_rows(positions, weight, fused):
 
     On a CPU they stay near its cache. A GPU holds 2 GiB of them, or a quarter if not `fused`, which takes copies.
     """
-    logits = (1 << 24) if weight.device.type == "cpu" else (1 << (31 if fused else 29)) // weight.itemsize
+    logits = 20_000_000 if weight.device.type == "cpu" else (1 << (31 if fused else 29)) // weight.itemsize
     chunks = max(1, math.ceil(positions / max(64, logits // weight.size(0))))
     return min(positions, math.ceil(positions / chunks / 64) * 64)
 

@@ -248,7 +248,7 @@ def expected_memory(config, s, rt):
     # For its backward pass a block keeps the inputs of its norms, products and activation function, and q, k and v.
     block = item * (9 * C + 2 * (config.n_inner or 4 * C))
     blocks = 4 * C * config.n_layer + block if s.recompute else block * config.n_layer
-    logits = min(tokens * V * item, 1 << 26 if rt.device.type == "cpu" else 1 << 31)
+    logits = min(tokens * V * item, 80e6 if rt.device.type == "cpu" else 1 << 31)
     head = logits + (4 + item) * V * C  # The output layer has a gradient in float32, and its weight a copy.
     torch_itself = 350e6 if rt.device.type == "cpu" else 0
     return 16 * (config.num_params() + config.block_size * C) + tokens * (blocks + 12 * C) + head + torch_itself
