@@ -128,10 +128,11 @@ class Runtime:
         return tensor
 
 
-def choose(device="auto", dtype="auto", compile="auto", training=False, deterministic=False):
+def choose(device="auto", dtype="auto", compile="auto", training=False, deterministic=False, rounds_weights=False):
     """The Runtime of this process. Raises UserError for what this machine does not have.
 
     On a GPU `deterministic` takes the kernels that give the same bits in every run. On a CPU all kernels do.
+    `rounds_weights` admits float16 on a CPU, where a program rounds the weights alone.
     """
     reasons = []
     rank, world_size, local_rank, restarts = processes.environment()
@@ -162,7 +163,7 @@ def choose(device="auto", dtype="auto", compile="auto", training=False, determin
     if dtype == "auto":
         dtype, why = auto_dtype(chosen)
         reasons.append(why)
-    if dtype == "float16" and chosen.type != "cuda":
+    if dtype == "float16" and chosen.type != "cuda" and not (rounds_weights and chosen.type == "cpu"):
         raise UserError(f"dtype=float16 needs a CUDA GPU, not {chosen.type}; use float32 or auto")
     if chosen.type == "cpu":
         keep_freed_memory()
