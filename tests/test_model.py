@@ -459,6 +459,13 @@ def test_chunks_are_equal_and_hold_few_logits(positions, vocab_size, device, fus
     assert rows <= 64 or rows * vocab_size * 4 <= limit + 63 * vocab_size * 4
 
 
+def test_scores_have_float32_logits_under_autocast_too():
+    x, weight, targets = loss_case()
+    exact = model.chunked_nll(x, weight, targets.clamp(min=0))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model.chunked_nll(x, weight, targets.clamp(min=0)), exact)
+
+
 @pytest.mark.parametrize("V", [64, 70])
 @pytest.mark.parametrize("rows", [1, 7, 100])
 def test_nll_is_the_loss_of_each_scored_target_in_their_order(rows, V, monkeypatch):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 from lib import processes, runtime
 
@@ -130,3 +131,19 @@ def test_a_process_that_prepares_for_longer_than_the_group_s_patience_times_no_o
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stdout.count("3") == 2, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("device", "backend", "takes"), [("cuda:1", "nccl", True), ("cuda:1", "gloo", False), ("cpu", "nccl", False)]
+)
+def test_nccl_is_told_its_gpu(monkeypatch, device, backend, takes):
+    """Else it warns at each barrier that it takes the one in use."""
+    rt = SimpleNamespace(world_size=2, device=torch.device(device))
+    given = {}
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda *args, **kwargs: iter([("store", 0, 2)]))
+    monkeypatch.setattr(torch.distributed, "PrefixStore", lambda name, store: store)
+    monkeypatch.setattr(processes, "meet", lambda *args: "here")
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda kind, **more: given.update(more, kind=kind))
+    processes.meet_all(rt, backend)
+    assert given["kind"] == (backend if device != "cpu" else "gloo")
+    assert given.get("device_id") == (rt.device if takes else None)
