@@ -184,7 +184,7 @@ def write(text, prompt, opened, tok, s, generator):
         raise
     except OSError as error:
         raise UserError(f"the text can't be written ({error.strerror}); make room for it") from None
-    line = f"{count:,} tokens"
+    line = f"{count:,} token" + "s" * (count != 1)
     if len(times) > 1:  # The first one has the prompt's time in it.
         line += f", {count * (1 - 1 / len(times)) / (times[-1] - times[0]):,.1f} tokens/s"
     settings.say(f"{line}, the first after {times[0] - began:.2g} s", file=sys.stderr)

@@ -1,5 +1,6 @@
 """What is ahead of a run, said before it begins: settings that do not fit each other, memory and time."""
 
+import statistics
 import sys
 import time
 
@@ -55,18 +56,18 @@ def planned_iters(cls):
 def estimate(micro_step, batches, accumulation, max_iters, steps_per_epoch, clock, limit=10.0):
     """A line on the time of a step, an epoch and the whole. Weights do not change, gradients are dropped.
 
-    A step is measured by its micro-batches: by all of them, or by those that fit into `limit` seconds, at least one.
-    One more goes first and warms up.
+    A step is measured by the median of its micro-batches: of all of them and at least five, or of those that fit into
+    `limit` seconds, at least one. One more goes first and warms up.
     """
     seconds, began = [], time.perf_counter()
     clock.at("micro-batch", 0, 2)
-    while len(seconds) < 2 or len(seconds) <= accumulation and time.perf_counter() - began < limit:
+    while len(seconds) < 2 or len(seconds) <= max(5, accumulation) and time.perf_counter() - began < limit:
         start = time.perf_counter()
         _, x, y = next(batches)
         micro_step(x, y).item()  # This waits for the device.
         seconds.append(time.perf_counter() - start)
         clock.at("micro-batch", min(2, len(seconds)), 2)
-    step = accumulation * sum(seconds[1:]) / (len(seconds) - 1)
+    step = accumulation * statistics.median(seconds[1:])
     line = f"a step takes about {duration(step)}, an epoch {duration(step * steps_per_epoch)}"
     line += f", the whole {duration(step * max_iters)} without evaluations" if max_iters else ""
     return line + shorter(step * max_iters)

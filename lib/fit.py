@@ -30,7 +30,7 @@ def choose_batch_size(model, s, start, rt):
     s.batch_size, s.gradient_accumulation_steps = found, sequences // found
     why = "the largest that fits" if rt.device.type == "cuda" else "the fastest tried"
     masks = "; another size would draw other dropout" if s.dropout else ""
-    rt.say(f"batch_size {found:,}, {why}, and {s.gradient_accumulation_steps:,} micro-batches in a step{masks}")
+    rt.say(f"batch_size {found:,}, {why}; micro-batches in a step: {s.gradient_accumulation_steps:,}{masks}")
 
 
 def run(model, batch_size, s, rt):

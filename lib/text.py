@@ -244,7 +244,7 @@ def write_records(batches, column, name, path, split):
                 if not isinstance(document, str | None):
                     says = f"{name}: its column {column!r} holds {type(document).__name__} values and not text"
                     raise UserError(f"{says} (there: {', '.join(batch)}); --column=NAME takes another")
-                if document:
+                if document and not document.isspace():
                     ends.append(ends[-1] + file.write(document.encode()))
                 else:
                     empty += 1

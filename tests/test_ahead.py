@@ -167,6 +167,24 @@ def test_what_is_ahead_is_said_before_a_run_begins(train):
     assert len(rows("out/a")) == 13
 
 
+@pytest.mark.parametrize(("accumulation", "count"), [(1, 6), (8, 9), (1000, 13)])
+def test_an_estimate_is_of_the_median_micro_batch(time, accumulation, count):
+    """The first one, which warms up, does not count, and one that another program disturbs hardly does."""
+    seconds = iter([9.0, 0.1, 0.1, 0.7, *[0.1] * 20])
+
+    def micro_step(x, y):
+        time.now += next(seconds)
+        return torch.zeros(())
+
+    batches = ((i, None, None) for i in range(100))
+    limit = 10.75  # seconds: those of twelve, and a part of one more
+    line = ahead.estimate(micro_step, batches, accumulation, 3, 2, clock.Clock(runtime.choose("cpu")), limit)
+    assert (
+        line.startswith(f"a step takes about {clock.duration(0.1 * accumulation)}, an epoch")
+        and next(batches)[0] == count
+    )
+
+
 def test_an_estimate_warns_of_the_run_that_is_configured(train):
     Path("config.py").write_text("max_iters = 30\nwarmup_iters = 50\n")
     for args in (["--max_iters=0"], ["--max_iters=30", "--max-iters=0"]):

@@ -72,7 +72,7 @@ def test_the_training_is_the_same_and_a_resume_keeps_the_size(train, monkeypatch
     args = "--auto_batch_size=True", "--batch_size=4", "--gradient_accumulation_steps=2"
     status, out, err = train(*args, "--out_dir=out/a", "--max_iters=5", "--lr_decay_iters=12")
     assert status == 0, err
-    assert f"batch_size {found}, the fastest tried, and {8 // found} micro-batches in a step" in out
+    assert f"batch_size {found}, the fastest tried; micro-batches in a step: {8 // found}" in out
     status, out, err = train(*args, "--out_dir=out/a")
     assert status == 0 and "resuming" in out and "batch_size" not in out, err
     named = f"--batch_size={found}", f"--gradient_accumulation_steps={8 // found}"

@@ -319,7 +319,7 @@ def test_records_and_text_may_be_mixed_and_the_column_named(prepare):
 
 
 def test_records_without_text_are_counted(prepare):
-    write({"a.jsonl": '{"text": "x"}\n{"n": 1}\n{"text": null}\n{"text": ""}\n', "b.jsonl": '{"text": "y"}\n'})
+    write({"a.jsonl": '{"text": "x"}\n{"n": 1}\n{"text": ""}\n{"text": " \\n"}\n', "b.jsonl": '{"text": "y"}\n'})
     said = prepare("a.jsonl", "b.jsonl", "--val_fraction=0")
     assert said.count("left out") == 1 and "a.jsonl: left out 3 records without text\n" in said
 
