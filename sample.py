@@ -40,7 +40,9 @@ class Settings:
     seed: int = 1337  # seed of the draws; the same seed writes the same text
     # machine
     device: str = "auto"  # auto, cuda, cuda:1, mps, cpu
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto, float32, bfloat16, float16
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = (
+        "auto"  # auto, float32, bfloat16, float16 (same on a CPU)
+    )
 
 
 def read_prompt(start):
@@ -139,12 +141,12 @@ def main():
     tok = tokenizer.load(tokenizer.spec_of_model(opened))
     model = opened.model.to(rt.device).eval()
     c = model.config
-    packs = rt.device.type == "cpu" and torch.backends.mkldnn.is_available() and rt.dtype != torch.bfloat16
+    packs = rt.device.type == "cpu" and torch.backends.mkldnn.is_available()
     width = 4 if packs else rt.dtype.itemsize  # bytes of a key's or a value's number; a packed model keeps float32
     if 2 * c.n_layer * c.n_embd * c.block_size * width * s.num_samples > rt.memory() > 0:
         raise UserError(f"num_samples={s.num_samples:,} at once do not fit in memory; take a smaller --num_samples")
     if packs:
-        pack(model, s.num_samples, rounds=rt.dtype == torch.float16)
+        pack(model, s.num_samples, rounds=rt.dtype != torch.float32)
     if rt.device.type == "cuda":
         captured.capture(model, rt.dtype)
     prompt = [] if s.interactive else encode_prompt(text, tok)
