@@ -40,9 +40,8 @@ class Settings:
     seed: int = 1337  # seed of the draws; the same seed writes the same text
     # machine
     device: str = "auto"  # auto, cuda, cuda:1, mps, cpu
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = (
-        "auto"  # auto, float32, bfloat16, float16 (same on a CPU)
-    )
+    # On a CPU both of the 16-bit kinds mean weights in float16.
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto, float32, bfloat16, float16
 
 
 def read_prompt(start):
