@@ -14,12 +14,16 @@ from lib import checkpoint, data, huggingface, prepare, settings, tokenizer
 from lib.settings import UserError
 from model import GPT, GPTConfig
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
 ROOT = Path(settings.__file__).parent.parent  # of the repository
+
+hypothesis.settings.register_profile("same every time", derandomize=True)
+hypothesis.settings.load_profile("same every time")
 
 # The folder of WikiText's raw files, for the tests that need them. They are skipped where the variable is not set.
 WIKITEXT = Path(os.environ.get("WIKITEXT_RAW", "/nowhere"))
