@@ -87,13 +87,18 @@ def test_the_first_step_says_how_long_all_take_if_that_is_long(time, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_a_first_step_that_is_long_says_after_some_micro_batches_how_long_all_take(time, capsys):
+def first_step(time, steps, micro_batches, seconds):
+    """The first of so many steps, each of whose micro-batches takes so long."""
     watch = clock.Clock(runtime.choose("cpu"))
-    watch.begin_step(steps=600_000)
-    for i in range(40):
-        watch.at_micro_batch(1, i, 40)
-        time.now += 80.0
+    watch.begin_step(steps)
+    for i in range(micro_batches):
+        watch.at_micro_batch(1, i, micro_batches)
+        time.now += seconds
     watch.end_step()
+
+
+def test_a_first_step_that_is_long_says_after_some_micro_batches_how_long_all_take(time, capsys):
+    first_step(time, steps=600_000, micro_batches=40, seconds=80.0)
     out = capsys.readouterr().out
     assert out.startswith("a step takes 53.3 minutes, all take about 22,222.2 days; a GPU, a smaller model")
     assert len(out.splitlines()) == 1
@@ -130,12 +135,7 @@ def test_a_long_step_has_a_bar_on_a_terminal_that_goes_at_its_end(time, monkeypa
 def test_the_end_of_a_step_takes_its_bar_away(time, monkeypatch):
     """A step ends after its last micro-batch, of which no more is said."""
     monkeypatch.setattr(sys, "stderr", Terminal())
-    watch = clock.Clock(runtime.choose("cpu"))
-    watch.begin_step(steps=2)
-    for i in range(3):
-        watch.at_micro_batch(1, i, 3)
-        time.now += 4.0
-    watch.end_step()
+    first_step(time, steps=2, micro_batches=3, seconds=4.0)
     shown = sys.stderr.getvalue().split("\r")
     assert "2 of 3" in sys.stderr.getvalue() and shown[-1] == "" and not shown[-2].strip()
 
