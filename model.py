@@ -149,18 +149,14 @@ def softmax_nll(logits, targets):
     return e, total, total.log() - wanted
 
 
-def fused_softmax_gradient_(logits, targets, V):
-    """nll (n, 1) of logits (n, >= V) and targets (n, 1). Softmax - one-hot overwrites the logits, and 0 those beyond V.
-
-    torch.compile makes two kernels of it, which read the logits twice and write them once. They work on whole rows,
-    since a GPU moves 16 bytes at once where rows begin at a multiple of that.
-    """
-    column = torch.arange(logits.size(1), device=logits.device)
-    exact = logits.float().masked_fill(column >= V, -math.inf)
-    total = exact.logsumexp(dim=1, keepdim=True)
-    nll = total - exact.gather(1, targets)
-    logits.copy_((exact - total).exp() - (column == targets).float())
-    return nll
+def softmax_(logits):
+    """logsumexp (n, 1) in float32 of logits (n, V), which their softmax overwrites. Compiled it is one kernel."""
+    log2_e = math.log2(math.e)  # A GPU has an instruction for powers of 2, and none for those of e.
+    powers = logits.float() * log2_e
+    top = powers.amax(dim=1, keepdim=True)
+    total = top + (powers - top).exp2().sum(dim=1, keepdim=True).log2()
+    logits.copy_((powers - total).exp2())
+    return total / log2_e
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -172,10 +168,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, targets, compiled=None):
-        """x (N, C), weight (V, C), targets (N,) -> float32 scalar. `compiled` is fused_softmax_gradient_, compiled."""
+        """x (N, C), weight (V, C), targets (N,) -> float32 scalar. `compiled` is softmax_, compiled."""
         dtype, V = compute_dtype(x), weight.size(0)
         h, w = x.to(dtype), output_weight(weight, dtype)
-        fused = compiled or (fused_softmax_gradient_ if dtype != torch.float32 else None)
+        fused = compiled or (softmax_ if dtype != torch.float32 else None)
         grad_x = torch.empty_like(h)
         grad_w = torch.zeros_like(w, dtype=torch.float32)
         total = torch.zeros((), dtype=torch.float32, device=x.device)
@@ -188,7 +184,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             # The gradient of the sum of losses by the logits is softmax - one-hot, and 0 where the target does not
             # count. It takes their place, but for a factor: the products with it, which are smaller, have `scale`.
             if fused:
-                nll, scale = fused(products, index, V), counts.to(dtype)
+                products[:, V:] = -math.inf  # The padding has no probability.
+                wanted, scale = products.gather(1, index).float(), counts.to(dtype)
+                nll = fused(products) - wanted
+                products.scatter_(1, index, torch.expm1(-nll).to(dtype))  # p - 1, exact also where p is near 1
             else:
                 e, mass, nll = softmax_nll(products[:, :V], index)
                 e.scatter_add_(1, index, -mass)
@@ -232,7 +231,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.recompute = False  # whether the backward pass computes a block's activations again
-        self.compiled_gradient = None  # fused_softmax_gradient_, compiled, where the model is
+        self.compiled_softmax = None  # softmax_, compiled, where the model is
         with torch.device("meta"):  # torch's own initial values would take as long again as ours below.
             self.transformer = t = nn.ModuleDict()
             t.wte = nn.Embedding(config.vocab_size, config.n_embd)
@@ -262,12 +261,12 @@ class GPT(nn.Module):
 
     def compile_parts(self):
         """torch.compile the loss and every block in place. The blocks share a graph. Parameter names stay."""
-        self.compiled_gradient = torch.compile(fused_softmax_gradient_, dynamic=False)
+        self.compiled_softmax = torch.compile(softmax_, dynamic=False)
         for block in self.transformer.h:
             block.compile(dynamic=False)
 
     def uncompile_parts(self):
-        self.compiled_gradient = None
+        self.compiled_softmax = None
         for block in self.transformer.h:
             block._compiled_call_impl = None
 
@@ -295,7 +294,7 @@ class GPT(nn.Module):
     def cross_entropy(self, x, targets):
         """The mean loss of final hidden states x (B, T, C) and targets (B, T), where -1 does not count."""
         x, targets = x.flatten(0, 1), targets.flatten()
-        return ChunkedCrossEntropy.apply(x, self.lm_head.weight, targets, self.compiled_gradient)
+        return ChunkedCrossEntropy.apply(x, self.lm_head.weight, targets, self.compiled_softmax)
 
     @torch.no_grad()
     def nll(self, idx, targets):

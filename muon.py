@@ -26,7 +26,8 @@ def orthogonalize(matrices):
     for _ in range(STEPS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x.mT if tall else x).to(matrices.dtype)
+    # In rows the updates can be added to all weights at once.
+    return (x.mT if tall else x).to(matrices.dtype, memory_format=torch.contiguous_format)
 
 
 def orthogonalize_together(matrices):
