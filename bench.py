@@ -6,10 +6,11 @@
     python bench.py --jobs=train --trace=trace.json                and where the time goes, for ui.perfetto.dev
     python bench.py --jobs=prepare --text='books/*.txt'
 
-Jobs: prepare, train (AdamW), muon, dropout (AdamW with 0.1), eval, sample, samples (eight at once). The limits are
-measured too. That of training and evaluation is the rate of the model's own matrix products. That of sampling is
-reading the weights once for each token, and that of preparing is the tokenizer alone. Nothing is downloaded: the text
-is Python's standard library, and the weights are those that train.py draws.
+Jobs: prepare, train (AdamW), muon, dropout (AdamW with 0.1), largest and muon_largest (in the largest micro-batches
+that fit, on a CPU the fastest), eval, sample, samples (eight at once). The limits are measured too. That of training
+and evaluation is the rate of the model's own matrix products. That of sampling is reading the weights once for each
+token, and that of preparing is the tokenizer alone. Nothing is downloaded: the text is Python's standard library, and
+the weights are those that train.py draws.
 """
 
 import contextlib
@@ -35,7 +36,13 @@ from lib.settings import UserError
 import torch
 
 ROOT = Path(__file__).parent.resolve()
-TRAININGS = {"train": [], "muon": ["--optimizer=muon"], "dropout": ["--dropout=0.1"]}
+TRAININGS = {
+    "train": [],
+    "muon": ["--optimizer=muon"],
+    "dropout": ["--dropout=0.1"],
+    "largest": ["--auto_batch_size=True"],
+    "muon_largest": ["--optimizer=muon", "--auto_batch_size=True"],
+}
 SAMPLINGS = {"sample": 1, "samples": 8}  # samples at once
 JOBS = ("prepare", *TRAININGS, "eval", *SAMPLINGS)
 # A GPU needs more work than a CPU to be busy, and more steps to be timed.
@@ -324,7 +331,9 @@ def measure(s, folder):
         if device.type == "cuda":
             peak = json.loads((folder / "out/run.json").read_text())["peak_memory"]
             figures |= {"peak_gpu_memory": peak, "mfu": statistics.median(row["mfu"] or 0 for row in rows[WARM_UP:])}
-        done(job, figures | {"first_step_cold": cold, "first_step_warm": first_step(lines)})
+        if job == "train":  # The others compile something of their own.
+            figures |= {"first_step_cold": cold, "first_step_warm": first_step(lines)}
+        done(job, figures)
     if s.peer:
         # nanoGPT takes no auto.
         named = [f"--device={device}", f"--dtype={str(dtype).removeprefix('torch.')}"]
