@@ -123,10 +123,11 @@ def run(folder, *command, env=None):
     The output is [(seconds since the start, line)], the memory {"peak_memory": bytes}.
     """
     began, lines = time.perf_counter(), []
+    path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(ROOT))))  # python -c finds lib/ there.
     process = subprocess.Popen(
         [sys.executable, "-c", LAUNCH, *map(str, command)],
         cwd=folder,
-        env=os.environ | {"PYTHONUNBUFFERED": "1"} | (env or {}),
+        env=os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": path} | (env or {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -142,7 +143,8 @@ def run(folder, *command, env=None):
         raise
     _, peak = lines.pop()
     if process.returncode:
-        script = next((Path(word).name for word in map(str, command) if word.endswith(".py")), "python")
+        scripts = [Path(word).name for word in map(str, command) if word.endswith(".py") and os.path.isfile(word)]
+        script = scripts[0] if scripts else "python"
         raise UserError(f"{script} failed: {lines[-1][1] if lines else 'without a word'}")
     unit = 1 if sys.platform == "darwin" else 1024
     for _, line in lines:
@@ -298,7 +300,7 @@ def measure(s, folder):
 
     lines, memory = run(folder, ROOT / "prepare_text.py", text, "--dataset=bench", "--val_fraction=0.1")
     if "prepare" in s.jobs:
-        alone, _ = run(folder, "-c", TOKENIZER_ALONE, text, env={"PYTHONPATH": str(ROOT)})
+        alone, _ = run(folder, "-c", TOKENIZER_ALONE, text)
         limit = {"limit": number(r"alone ([\d.]+)", alone), "limit_is": "the tokenizer alone"}
         done("prepare", {"tokens_per_sec": number(r"encoded in .* s, ([\d,]+) tokens/s", lines)} | limit | memory)
     if set(s.jobs) == {"prepare"}:
@@ -341,7 +343,7 @@ def measure(s, folder):
     if s.trace:
         traced = ["-c", TRACED, os.path.abspath(s.trace), WARM_UP, WARM_UP + 3]
         command = [*traced, *training(s, machine), f"--max_iters={WARM_UP + 3}"]
-        lines, _ = run(folder, *command, env=cache | {"PYTHONPATH": str(ROOT)})
+        lines, _ = run(folder, *command, env=cache)
         begin = next(i for i, (_, line) in enumerate(lines) if line == "where the time goes:")
         print("\n".join(line for _, line in lines[begin:]))
     if "eval" in s.jobs:  # The forward pass is a third of the arithmetic of training.

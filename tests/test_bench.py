@@ -14,6 +14,7 @@ from lib.settings import UserError
 
 import pytest
 import torch
+from conftest import refusal
 from torch.utils.flop_counter import FlopCounterMode
 
 SMALL = ["--n_layer=1", "--n_head=1", "--n_embd=16", "--block_size=32", "--batch_size=4", "--steps=2", "--device=cpu"]
@@ -146,6 +147,20 @@ def test_what_is_left_open_is_chosen_for_the_device(monkeypatch):
 def test_what_was_not_compiled_is_said(tmp_path, capsys):
     bench.run(tmp_path, "-c", "print('compile failed (no compiler); going on without it'); print('one'); print('two')")
     assert capsys.readouterr().out == "compile failed (no compiler); going on without it\n"
+
+
+def test_a_program_finds_lib_and_what_the_user_has_on_the_path(monkeypatch, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/packaged.py").touch()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "mine"))
+    lines, _ = bench.run(tmp_path, "-c", "import packaged, lib.settings; print('both')")
+    assert lines[-1][1] == "both"
+
+
+def test_a_failure_names_what_failed(tmp_path):
+    (tmp_path / "some.py").write_text("raise ValueError('so it is')")
+    for command, name in ((["-c", "1 / 0", "*.py"], "python"), ([tmp_path / "some.py"], "some.py")):
+        assert refusal(bench.run, tmp_path, *command).startswith(f"{name} failed: ")
 
 
 def test_an_interrupt_ends_the_script_and_leaves_nothing(tmp_path):
