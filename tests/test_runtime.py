@@ -1,5 +1,10 @@
 """runtime.py: what `auto` chooses on machines that are not here, refusals, peaks by name, memory."""
 
+import os
+import subprocess
+import sys
+
+import lib
 import train
 from lib import runtime
 from lib.settings import UserError
@@ -7,7 +12,7 @@ from model import GPTConfig
 
 import pytest
 import torch
-from conftest import refusal
+from conftest import ROOT, refusal
 
 
 def pretend(monkeypatch, cuda=None, mps=False):
@@ -166,3 +171,19 @@ def test_micro_batches_that_can_t_be_shared_out_are_refused_with_the_next_number
         else:
             more = {"3": 3, "5": 15}[processes]
             assert f"--gradient_accumulation_steps={more}" in refusal(rt.share_of, micro_batches)
+
+
+def test_other_programs_are_seen_where_the_system_counts_them(tmp_path):
+    stat = tmp_path / "stat"
+    for text, seen in (("cpu 1 2\nprocs_running 1\n", False), ("cpu 1 2\nprocs_running 3\n", True), ("cpu 1\n", False)):
+        stat.write_text(text)
+        assert lib.others_run(stat) == seen
+    assert not lib.others_run(tmp_path / "none")
+
+
+def test_openmp_s_variable_is_the_user_s_where_it_is_set():
+    command = [sys.executable, "-c", "import lib, os; print(os.environ['OMP_WAIT_POLICY'])"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"OMP_WAIT_POLICY": "active"}, capture_output=True, text=True
+    )
+    assert done.stdout == "active\n"

@@ -431,6 +431,16 @@ def relative(found, exact):
 
 
 @needs_onednn
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
+@pytest.mark.parametrize("shape", [(8,), (1, 8), (5, 8), (2, 3, 8), (7, 8)], ids=str)
+def test_a_packed_layer_gives_rows_of_any_number_and_shape(monkeypatch, capability, shape):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    linear, x = torch.nn.Linear(8, 12), torch.randn(1, *shape)
+    packed = sample.PackedLinear(linear, 1, rounds=False)
+    with torch.inference_mode():
+        torch.testing.assert_close(packed(x), linear(x))
+
+
 def test_a_model_packed_in_float16_rounds_the_weights_of_single_tokens_only():
     model = random_model()
     with torch.no_grad():
