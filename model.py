@@ -172,10 +172,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         dtype, V = compute_dtype(x), weight.size(0)
         h, w = x.to(dtype), output_weight(weight, dtype)
         fused = compiled or (softmax_ if dtype != torch.float32 else None)
-        grad_x = torch.empty_like(h)
-        grad_w = torch.zeros_like(w, dtype=torch.float32)
-        total = torch.zeros((), dtype=torch.float32, device=x.device)
-        scored = targets >= 0
+        grad_x, grad_w = torch.empty_like(h), torch.zeros_like(w, dtype=torch.float32)
+        total, scored = torch.zeros((), dtype=torch.float32, device=x.device), targets >= 0
         logits = chunk_buffer(len(h), w, fused=bool(compiled))  # (rows, V and its padding)
         for i in range(0, len(h), len(logits)):
             part = slice(i, i + len(logits))
@@ -232,20 +230,22 @@ class GPT(nn.Module):
         self.config = config
         self.recompute = False  # whether the backward pass computes a block's activations again
         self.compiled_softmax = None  # softmax_, compiled, where the model is
-        with torch.device("meta"):  # torch's own initial values would take as long again as ours below.
+        # torch's own initial values would take as long again as ours, and normal_() on meta a second of imports.
+        with torch.device("meta"):
             self.transformer = t = nn.ModuleDict()
-            t.wte = nn.Embedding(config.vocab_size, config.n_embd)
-            t.wpe = nn.Embedding(config.block_size, config.n_embd)
+            t.wte = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.n_embd), freeze=False)
+            t.wpe = nn.Embedding.from_pretrained(torch.empty(config.block_size, config.n_embd), freeze=False)
             t.drop = nn.Dropout(config.dropout)
             t.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
             t.ln_f = nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
             self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.to_empty(device=torch.get_default_device())
+        if torch.get_default_device().type != "meta":
+            self.to_empty(device=torch.get_default_device())
         self.lm_head.weight = self.transformer.wte.weight  # tied
         # Every matrix has a deviation of 0.02. The projections back into the residual stream are scaled down, since
         # 2 n_layer of them add up there (GPT-2 paper, 2.3).
         for name, p in self.named_parameters():
-            if p.dim() == 2:
+            if p.dim() == 2 and not p.is_meta:
                 residual = name.endswith("c_proj.weight")
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
             else:

@@ -1,6 +1,8 @@
 """The model against transformers' GPT-2, slow exact references, and properties."""
 
 import math
+import subprocess
+import sys
 import time
 from dataclasses import replace
 
@@ -11,7 +13,7 @@ from model import GPT, ChunkedCrossEntropy, GPTConfig, draw
 
 import pytest
 import torch
-from conftest import same_bits, save_huggingface
+from conftest import ROOT, same_bits, save_huggingface
 from torch import nn
 from torch.nn import functional as F
 from transformers import GPT2LMHeadModel
@@ -139,6 +141,19 @@ def test_gpt2_has_the_published_number_of_parameters_and_operations():
     assert net.num_params() + 1024 * 768 == 124_439_808
     assert net.num_params() + 1024 * 768 == sum(p.numel() for p in net.parameters())
     assert net.flops_per_token() == pytest.approx(0.855e9, rel=1e-3)
+
+
+def test_a_model_without_memory_is_made_without_a_second_of_imports():
+    program = """
+import sys, torch
+from model import GPT, GPTConfig
+before = len(sys.modules)
+with torch.device("meta"):
+    net = GPT(GPTConfig())
+assert net.lm_head.weight is net.transformer.wte.weight and net.lm_head.weight.is_meta
+assert len(sys.modules) - before < 50, len(sys.modules) - before
+"""
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
 def test_operations_are_those_of_the_matrices_and_of_attention():
