@@ -143,8 +143,8 @@ def run(folder, *command, env=None):
         raise
     _, peak = lines.pop()
     if process.returncode:
-        scripts = [Path(word).name for word in map(str, command) if word.endswith(".py") and os.path.isfile(word)]
-        script = scripts[0] if scripts else "python"
+        words = map(Path, map(str, command))
+        script = next((word.name for word in words if word.suffix == ".py" and word.is_file()), "python")
         raise UserError(f"{script} failed: {lines[-1][1] if lines else 'without a word'}")
     unit = 1 if sys.platform == "darwin" else 1024
     for _, line in lines:

@@ -173,7 +173,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         h, w = x.to(dtype), output_weight(weight, dtype)
         fused = compiled or (softmax_ if dtype != torch.float32 else None)
         grad_x, grad_w = torch.empty_like(h), torch.zeros_like(w, dtype=torch.float32)
-        total, scored = torch.zeros((), dtype=torch.float32, device=x.device), targets >= 0
+        total = torch.zeros((), dtype=torch.float32, device=x.device)
+        scored = targets >= 0
         logits = chunk_buffer(len(h), w, fused=bool(compiled))  # (rows, V and its padding)
         for i in range(0, len(h), len(logits)):
             part = slice(i, i + len(logits))

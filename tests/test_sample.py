@@ -441,6 +441,7 @@ def test_a_packed_layer_gives_rows_of_any_number_and_shape(monkeypatch, capabili
         torch.testing.assert_close(packed(x), linear(x))
 
 
+@needs_onednn
 def test_a_model_packed_in_float16_rounds_the_weights_of_single_tokens_only():
     model = random_model()
     with torch.no_grad():

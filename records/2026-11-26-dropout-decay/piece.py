@@ -1,5 +1,5 @@
-# Ten times over the 1.8 million bytes of data/books_piece, with 1.8 M parameters.
-dataset = "books_piece"
+# Ten times over the 1.8 million bytes of data/books_little, with 1.8 M parameters.
+dataset = "books_little"
 
 n_layer = 4
 n_head = 6

@@ -1,4 +1,4 @@
-# One pass of 16,384 bytes a step over data/books_slice, which parts.py makes.
+# One pass of 16,384 bytes a step over data/books_slice, which records/parts.py makes.
 dataset = "books_slice"
 
 n_layer = 6

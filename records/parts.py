@@ -1,11 +1,12 @@
-"""Make data/books_slice and data/books_piece: 21.1 and 1.8 million bytes of data/books_bytes' train split.
+"""Make data sets NAME=N of data/books_bytes: every Nth 2,048 bytes of its train split, and its validation split.
 
-They are every 15th and every 175th 2,048 bytes of it; the validation split stays as it is.
+python records/parts.py books_part=158 books_piece=632        which have 2.0 and 0.5 million bytes
 """
 
 import hashlib
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,10 @@ import numpy as np
 whole = Path("data/books_bytes")
 pieces = np.memmap(whole / "train.bin", dtype="<u2", mode="r")
 pieces = pieces[: len(pieces) // 2048 * 2048].reshape(-1, 2048)
-for name, every in (("books_slice", 15), ("books_piece", 175)):
+for name, every in (argument.split("=") for argument in sys.argv[1:]):
     part = Path("data", name)
     part.mkdir()
-    ids = pieces[::every].tobytes()
+    ids = pieces[:: int(every)].tobytes()
     (part / "train.bin").write_bytes(ids)
     shutil.copy(whole / "val.bin", part)
     meta = json.loads((whole / "meta.json").read_text())
