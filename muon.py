@@ -54,9 +54,10 @@ def initial_state(p, group):
 class Muon(torch.optim.Optimizer):
     """Muon for the parameter groups with `muon=True`, all of them matrices (rows, columns), and AdamW for the others.
 
-    A matrix goes down the orthogonalized mean of its gradients, looking ahead (Nesterov). The entries of that step have
-    a root mean square of 1 / sqrt(longer side). Scaled by 0.2 sqrt(longer side) the step is about as large as AdamW's,
-    so that both share learning rates and decay (Liu et al. 2025, "Muon is scalable").
+    A matrix goes down the orthogonalized mean of its gradients, looking ahead (Nesterov). Before it is orthogonalized,
+    each row gets a norm of 1, with which small models learned more from each token (records/2026-11-26-muon-changes).
+    The entries of the step have a root mean square of 1 / sqrt(longer side). Scaled by 0.2 sqrt(longer side) the step
+    is about as large as AdamW's, so that both share learning rates and decay (Liu et al. 2025, "Muon is scalable").
     """
 
     def __init__(self, groups, lr, betas, momentum=0.95, eps=1e-8, fused=True):
@@ -79,8 +80,9 @@ class Muon(torch.optim.Optimizer):
         for (rows, columns), ps in alike.items():
             grads, means = [p.grad for p in ps], [self.state[p]["momentum_buffer"] for p in ps]
             torch._foreach_lerp_(means, grads, 1 - group["momentum"])
-            ahead = torch._foreach_lerp(grads, means, group["momentum"])
-            updates = orthogonalize_together(torch.stack(ahead)).unbind()
+            ahead = torch.stack(torch._foreach_lerp(grads, means, group["momentum"]))
+            ahead /= ahead.norm(dim=2, keepdim=True) + 1e-12  # (n, rows, columns)
+            updates = orthogonalize_together(ahead).unbind()
             torch._foreach_mul_(ps, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(ps, updates, alpha=-0.2 * max(rows, columns) ** 0.5 * group["lr"])
 

@@ -54,7 +54,7 @@ def test_processes_share_the_matrices_and_have_the_bits_of_one(monkeypatch, proc
 
 
 def test_steps_are_those_of_the_definition():
-    """Momentum, the look ahead, the scale and the decoupled decay, written out in float64 for one matrix at a time."""
+    """Momentum, look ahead, equal rows, the scale and the decoupled decay, in float64 for one matrix at a time."""
     lr, decay, shapes = 0.02, 0.3, [(8, 8), (8, 20), (20, 8), (8, 8)]
     params = [torch.nn.Parameter(randn(*shape, seed=i)) for i, shape in enumerate(shapes)]
     expected = [p.detach().double().clone() for p in params]
@@ -64,7 +64,8 @@ def test_steps_are_those_of_the_definition():
         for i, p in enumerate(params):
             p.grad = randn(*p.shape, seed=100 * step + i)
             means[i] = 0.95 * means[i] + 0.05 * p.grad.double()
-            direction = orthogonalize((0.05 * p.grad.double() + 0.95 * means[i])[None])[0]
+            ahead = 0.05 * p.grad.double() + 0.95 * means[i]
+            direction = orthogonalize((ahead / ahead.norm(dim=1)[:, None])[None])[0]
             expected[i] = (1 - lr * decay) * expected[i] - lr * 0.2 * max(p.shape) ** 0.5 * direction
         optimizer.step()
     for p, wanted in zip(params, expected, strict=True):
@@ -90,6 +91,17 @@ def test_what_is_not_a_block_s_matrix_is_trained_by_adamw_to_the_bit(fused):
         adamw.step()
     same = {n: torch.equal(p, q) for (n, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True)}
     assert {n for n, equal in same.items() if not equal} == inside
+
+
+def test_the_scale_of_a_row_s_gradient_does_not_matter_and_a_row_without_one_stays():
+    def step(scales):
+        p = torch.nn.Parameter(torch.zeros(6, 10))
+        p.grad = randn(6, 10) * torch.tensor(scales)[:, None]
+        Muon([{"params": [p], "muon": True}], lr=0.1, betas=(0.9, 0.95)).step()
+        return p.detach()
+
+    torch.testing.assert_close(step([1e-4, 1, 1, 1e4, 1, 1]), step([1.0] * 6), atol=1e-6, rtol=1e-3)
+    assert step([1, 1, 0, 1, 1, 1])[2].abs().max() == 0
 
 
 def test_a_parameter_without_a_gradient_stays():
