@@ -112,9 +112,7 @@ def output_weight(weight, dtype):
     """
     if weight.dtype == dtype and weight.device.type != "cuda":
         return weight
-    padded = weight.new_zeros((-(-weight.size(0) // 64) * 64, weight.size(1)), dtype=dtype)
-    padded[: weight.size(0)] = weight
-    return padded
+    return F.pad(weight.to(dtype), (0, 0, 0, -weight.size(0) % 64))
 
 
 def chunk_rows(positions, weight, fused):
@@ -197,8 +195,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 torch.addmm(grad_w, products.T, h[part] * scale, out_dtype=torch.float32, out=grad_w)
             else:
                 grad_w.addmm_(products.T.float(), (h[part] * scale).float())
-        count = scored.sum()
-        ctx.save_for_backward(grad_x, grad_w[:V], count)
+        ctx.save_for_backward(grad_x, grad_w[:V], count := scored.sum())
         return total / count
 
     @staticmethod
@@ -262,7 +259,9 @@ class GPT(nn.Module):
 
     def compile_parts(self):
         """torch.compile the loss and every block in place. The blocks share a graph. Parameter names stay."""
-        self.compiled_softmax = torch.compile(softmax_, dynamic=False)
+        # Tuned on a GPU, it has few enough rows under way that the chip's cache holds them between its passes.
+        tuned = not torch.are_deterministic_algorithms_enabled()
+        self.compiled_softmax = torch.compile(softmax_, dynamic=False, options={"coordinate_descent_tuning": tuned})
         for block in self.transformer.h:
             block.compile(dynamic=False)
 
@@ -280,6 +279,8 @@ class GPT(nn.Module):
         if end > self.config.block_size:
             raise ValueError(f"{end} positions do not fit in block_size={self.config.block_size}")
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe.weight[past:end])  # (B, T, C)
+        if self.training and compute_dtype(x) == torch.bfloat16:
+            x = x.bfloat16()  # Half the bytes go between the blocks. float16 could not hold a large model's sums.
         for i, block in enumerate(self.transformer.h):
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, use_reentrant=False)  # Both passes draw the same dropout.
@@ -294,8 +295,7 @@ class GPT(nn.Module):
 
     def cross_entropy(self, x, targets):
         """The mean loss of final hidden states x (B, T, C) and targets (B, T), where -1 does not count."""
-        x, targets = x.flatten(0, 1), targets.flatten()
-        return ChunkedCrossEntropy.apply(x, self.lm_head.weight, targets, self.compiled_softmax)
+        return ChunkedCrossEntropy.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), self.compiled_softmax)
 
     @torch.no_grad()
     def nll(self, idx, targets):

@@ -248,7 +248,8 @@ def expected_memory(config, s, rt):
     tokens = s.batch_size * s.block_size
     # For its backward pass a block keeps the inputs of its norms, products and activation function, and q, k and v.
     block = item * (9 * C + 2 * (config.n_inner or 4 * C))
-    blocks = 4 * C * config.n_layer + block if s.recompute else block * config.n_layer
+    between = 2 if rt.dtype == torch.bfloat16 else 4  # bytes of a number that goes from one block to the next
+    blocks = between * C * config.n_layer + block if s.recompute else block * config.n_layer
     logits = min(tokens * V * item, 80e6 if rt.device.type == "cpu" else 1 << 31)
     head = logits + (4 + item) * V * C  # The output layer has a gradient in float32, and its weight a copy.
     torch_itself = 350e6 if rt.device.type == "cpu" else 0

@@ -481,6 +481,18 @@ def test_scores_have_float32_logits_under_autocast_too():
         assert torch.equal(model.chunked_nll(x, weight, targets.clamp(min=0)), exact)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("training", [True, False])
+def test_blocks_hand_on_bfloat16_in_training_and_float32_elsewhere(dtype, training):
+    net, kinds = build().train(training), []
+    for block in net.transformer.h:
+        block.register_forward_hook(lambda _, inputs, output: kinds.append((inputs[0].dtype, output.dtype)))
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        net.hidden(ids(net, 2, 8))
+    wanted = torch.bfloat16 if training and dtype == torch.bfloat16 else torch.float32
+    assert kinds == [(wanted, wanted)] * len(net.transformer.h)
+
+
 @pytest.mark.parametrize("V", [64, 70])
 @pytest.mark.parametrize("rows", [1, 7, 100])
 def test_nll_is_the_loss_of_each_scored_target_in_their_order(rows, V, monkeypatch):
