@@ -35,7 +35,7 @@ SECONDS_BETWEEN_LINES = 60  # of the progress that is told where there is no ter
 @dataclass
 class Settings:
     out_dir: str = ""  # the run to evaluate; '' is the newest under out/
-    init_from: str = ""  # a model instead of a run: a checkpoint, gpt2*, a Hugging Face folder; '' is the run
+    init_from: str = ""  # instead of a run: a checkpoint, gpt2*, a Hugging Face folder; a,b: their mean; '' is the run
     dataset: str = ""  # a folder under data/; '' is the one that the model was trained on
     split: Literal["", "train", "val", "test"] = ""  # train, val, test; '' is test where there is one, else val
     protocol: Literal["", "stream", "documents", "lm_eval"] = ""  # stream, documents, lm_eval; '' is all that apply

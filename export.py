@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 @dataclass
 class Settings:
     out_dir: str = ""  # the run to export; '' is the newest under out/
-    init_from: str = ""  # a model instead of a run: a checkpoint, gpt2*, a Hugging Face folder; '' is the run
+    init_from: str = ""  # instead of a run: a checkpoint, gpt2*, a Hugging Face folder; a,b: their mean; '' is the run
     hf_dir: str = ""  # the folder to write; it must not exist yet, or be empty
 
 

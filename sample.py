@@ -29,7 +29,7 @@ from torch.nn import functional as F
 @dataclass
 class Settings:
     out_dir: str = ""  # the run to sample from; '' is the newest under out/
-    init_from: str = ""  # a model instead of a run: a checkpoint, gpt2*, a Hugging Face folder; '' is the run
+    init_from: str = ""  # instead of a run: a checkpoint, gpt2*, a Hugging Face folder; a,b: their mean; '' is the run
     start: str = ""  # the prompt: text, FILE:path, or - for standard input; '' is the beginning of a document
     interactive: bool = False  # take each line of standard input as a prompt, until the end of the file
     num_samples: int = 1  # samples that are drawn at once

@@ -15,7 +15,7 @@ import warnings
 import zipfile
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from lib import files, huggingface, settings, tokenizer
@@ -329,7 +329,34 @@ def open_run(out_dir="", init_from=""):
     return open_model(paths[0])
 
 
+def names_in(source):
+    """The models that --init_from names: one, or several with commas between them."""
+    return [source] if os.path.exists(source) else [name for name in str(source).split(",") if name] or [source]
+
+
 def open_model(source):
+    """Open what open_one() opens. Several of them, written a,b,c, are one model: the mean of their weights.
+
+    Raises UserError where they have not the same shape and tokenizer.
+    """
+    first, *others = names_in(source)
+    mean = open_one(first)
+    for count, name in enumerate(others, start=2):
+        other = open_one(name)
+        shapes = [replace(opened.model.config, dropout=0.0) for opened in (mean, other)]
+        if shapes[0] != shapes[1] or mean.tokenizer != other.tokenizer:
+            raise UserError(f"{first} and {name} have no mean: their shape or tokenizer differs; take those of one run")
+        with torch.no_grad():
+            for p, q in zip(mean.model.parameters(), other.model.parameters(), strict=True):
+                p.lerp_(q, 1 / count)
+        mean.iter_num = max(mean.iter_num, other.iter_num)
+        mean.dataset = mean.dataset if mean.dataset == other.dataset else ""
+    if others:
+        mean.name, mean.path = f"the mean of {', '.join([first, *others])}", None
+    return mean
+
+
+def open_one(source):
     """Open a checkpoint file, a run's folder, a Hugging Face folder, or a name on the hub, as an Opened.
 
     Raises UserError where there is no such model or it cannot be read.

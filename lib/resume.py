@@ -169,7 +169,8 @@ def check_overwrite(s):
     """Raise UserError where --overwrite=True would remove the very weights that the new run starts from."""
     out = Path(s.out_dir)
     files = [os.path.realpath(path) for path in files_of_run(out)]
-    for key, source in (("init_from", s.init_from), ("resume_from", s.resume_from)):
+    sources = [("init_from", name) for name in checkpoint.names_in(s.init_from)]
+    for key, source in (*sources, ("resume_from", s.resume_from)):
         is_out = source not in ("", "scratch") and is_same(source, out) and not (out / "config.json").exists()
         if source and (os.path.realpath(source) in files or is_out and files):
             raise UserError(f"overwrite=True would remove {key}={source} itself; take another --out_dir")

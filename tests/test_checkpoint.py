@@ -218,6 +218,37 @@ def test_a_hugging_face_folder_opens_and_a_run_s_folder_gives_its_best(tmp_path,
         assert checkpoint.open_model(tmp_path / "run").path.name == name
 
 
+def test_several_checkpoints_are_the_mean_of_their_weights(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = ["a.pt", "b.pt", "c.pt"]
+    for seed, name in enumerate(names):
+        torch.manual_seed(seed)
+        net = GPT(GPTConfig(**SHAPE, dropout=0.1 * seed))
+        rest = {"tokenizer": CHARS, "iter_num": 10 - seed, "config": {"dataset": "mine"}}
+        checkpoint.save(name, checkpoint.weights(net) | rest)
+    states = [checkpoint.load(name)["model"] for name in names]
+    opened = checkpoint.open_model("a.pt,b.pt,c.pt")
+    for key, value in opened.model.state_dict().items():
+        exact = sum(state[key].double() for state in states) / 3
+        assert (value - exact).abs().max() <= 2**-22 * max(state[key].abs().max() for state in states)
+    assert opened.model.lm_head.weight is opened.model.transformer.wte.weight
+    assert (opened.name, opened.path) == ("the mean of a.pt, b.pt, c.pt", None)
+    assert (opened.tokenizer, opened.dataset, opened.iter_num) == (CHARS, "mine", 10)
+    assert same(checkpoint.open_model("b.pt,b.pt").model, checkpoint.open_model("b.pt").model)
+    checkpoint.save("a.pt,b.pt", checkpoint.load("c.pt"))  # A name may have a comma.
+    assert same(checkpoint.open_model("a.pt,b.pt").model, checkpoint.open_model("c.pt").model)
+
+
+def test_models_that_have_no_mean_are_named(tmp_path, model, path):
+    other = checkpoint.weights(GPT(GPTConfig(**SHAPE | {"n_layer": 1}))) | {"tokenizer": CHARS}
+    checkpoint.save(tmp_path / "shape.pt", other)
+    checkpoint.save(tmp_path / "tokens.pt", checkpoint.weights(model) | {"tokenizer": CHARS[:-1] + "z"})
+    for name in ("shape.pt", "tokens.pt"):
+        says = refusal(checkpoint.open_model, f"{path},{tmp_path / name}")
+        assert says.startswith(f"{path} and {tmp_path / name} have no mean")
+    assert "missing.pt" in refusal(checkpoint.open_model, f"{path},missing.pt")
+
+
 def test_the_newest_run(tmp_path, model, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="no run under out/"):

@@ -400,6 +400,8 @@ def test_overwrite_begins_anew_but_not_what_it_would_remove():
     ):
         says = refusal(begins, overwrite=True, **{key: source})
         assert f"overwrite=True would remove {key}={source} itself" in says
+    says = refusal(begins, overwrite=True, init_from="out/a/mine.pt,out/a/ckpt.pt")
+    assert "overwrite=True would remove init_from=out/a/ckpt.pt itself" in says
     assert "give one of them" in refusal(begins, overwrite=True, init_from="resume")
 
 
