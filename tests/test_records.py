@@ -33,3 +33,13 @@ def test_summary_takes_the_seeds_of_a_name_together(tmp_path):
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda p: p.name)
 def test_a_record_s_table_is_that_of_its_metrics(folder):
     assert summary.table(folder) in (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_gains_of_means_of_checkpoints_are_those_of_their_losses():
+    folder = ROOT / "records" / "2026-11-26-dropout-decay"
+    readme = (folder / "README.md").read_text(encoding="utf-8")
+    for name, losses in json.loads((folder / "averages.json").read_text(encoding="utf-8")).items():
+        last = json.loads((folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+        final = losses.pop("final")
+        gains = [f"{loss - final:+.4f}" for loss in losses.values()]
+        assert final == last["val_loss"] and " | ".join([f"| {name}", f"{final:.4f}", *gains]) + " |" in readme
