@@ -18,12 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lib import captured, checkpoint, runtime, settings, tokenizer
+from lib import captured, checkpoint, packed, runtime, settings, tokenizer
 from lib.settings import UserError
 
 import torch
-import torch.nn as nn
-from torch.nn import functional as F
 
 
 @dataclass
@@ -90,48 +88,6 @@ def encode_prompt(text, tok):
     return ids or [tok.eot]
 
 
-class PackedLinear(nn.Module):
-    """A float32 linear layer for a CPU, without gradients. Its weight is stored in the order in which oneDNN reads it.
-
-    A few rows then take half the time, since the weight is read at the full speed of the memory. For a single row there
-    can be half as much to read: the weight rounded to float16, with `rounds`.
-    """
-
-    def __init__(self, linear, rows, rounds):
-        super().__init__()
-        weight = linear.weight.detach()
-        # With AVX-512 oneDNN reads the weight for six rows a fifth faster than for one. With AVX2 it is slower.
-        self.least = 6 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 1
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, max(rows, self.least))
-        half = weight.half() if rounds else None
-        # float16 holds 2^-24 to 65,504. A weight of other values stays as it is.
-        self.half = half if rounds and (half - weight).norm() < 1e-3 * weight.norm() else None
-        self.bias = None if linear.bias is None else linear.bias.detach()
-
-    def forward(self, x):
-        if self.half is not None and x.numel() == x.size(-1):
-            scale = x.abs().amax().clamp(min=1e-30)  # At most 1 in size, no input or output is beyond float16.
-            y = F.linear((x / scale).half(), self.half).float() * scale
-            return y if self.bias is None else y + self.bias
-        rows = x.flatten(0, -2)  # (n, C)
-        padded = F.pad(rows, (0, 0, 0, max(0, self.least - len(rows))))
-        y = torch.ops.mkldnn._linear_pointwise(padded, self.weight, self.bias, "none", [], "")
-        return y[: len(rows)].unflatten(0, x.shape[:-1])
-
-
-def pack(model, rows, rounds=False):
-    """Make a float32 model fast at `rows` tokens a time, on a CPU with oneDNN. It can only generate afterwards.
-
-    rounds: whether the weights are rounded to float16 for a single row.
-    """
-    for block in model.transformer.h:
-        for part in (block.attn, block.mlp):
-            for name, linear in list(part.named_children()):
-                if isinstance(linear, nn.Linear):
-                    setattr(part, name, PackedLinear(linear, rows, rounds))
-    model.lm_head = PackedLinear(model.lm_head, rows, rounds)
-
-
 def main():
     s = settings.load(Settings, command_line_only=("init_from",), bare_means="start")
     settings.check(s, positive="num_samples max_new_tokens", not_negative="temperature top_k seed")
@@ -150,7 +106,8 @@ def main():
     if 2 * c.n_layer * c.n_embd * c.block_size * width * s.num_samples > rt.memory() > 0:
         raise UserError(f"num_samples={s.num_samples:,} at once do not fit in memory; take a smaller --num_samples")
     if packs:
-        pack(model, s.num_samples, rounds=rt.dtype != torch.float32)
+        likeliest = 1 if s.temperature < 1e-6 else s.top_k
+        packed.pack(model, s.num_samples, rt.dtype != torch.float32, likeliest, tok.vocab_size)
     if rt.device.type == "cuda":
         captured.capture(model, rt.dtype)
     prompt = [] if s.interactive else encode_prompt(text, tok)

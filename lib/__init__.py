@@ -2,7 +2,7 @@
 
 settings <- files <- tokenizer <- data <- prepare <- text, wikitext; settings <- processes <- runtime <- captured, fit;
 model.py <- assemble; tokenizer, assemble <- huggingface <- checkpoint <- resume <- run; settings <- clock;
-clock <- ahead (and runtime), describe; data, tokenizer <- sampling; sampling, describe <- run.
+clock <- ahead (and runtime), describe; data, tokenizer <- sampling; sampling, describe <- run. packed stands alone.
 """
 
 import os

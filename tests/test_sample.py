@@ -11,7 +11,6 @@ from lib import tokenizer
 import pytest
 import torch
 from conftest import ROOT, random_model, refusal, save_huggingface, save_nanogpt_run, save_run, write_meta_pkl
-from torch import nn
 from torch.nn import functional as F
 
 EOT = tokenizer.BytesTokenizer.eot
@@ -403,70 +402,7 @@ def test_prompts_are_read_as_they_stand():
     assert "--start=FILE:" in refusal(sample.read_prompt, "FILE:")
 
 
-# ---- packed weights ----
-
-needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
-
-
-@needs_onednn
-@pytest.mark.parametrize("rows", [1, 4])
-@pytest.mark.parametrize("bias", [True, False])
-def test_a_packed_model_gives_the_same_logits_and_text(rows, bias):
-    model, idx = random_model(bias=bias), torch.randint(257, (rows, 7), generator=torch.Generator().manual_seed(1))
-    torch.nn.init.normal_(model.transformer.wpe.weight, std=2.0)  # The text varies with the position.
-    with torch.no_grad():
-        expected, _ = model(idx)
-        ids = torch.stack(list(model.generate(idx, 20, temperature=0)))
-        assert len(ids.unique()) > 3
-        sample.pack(model, rows)
-        torch.testing.assert_close(model(idx)[0], expected, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(model(idx[:1])[0], expected[:1], atol=1e-5, rtol=1e-5)  # another number of rows
-        assert torch.equal(torch.stack(list(model.generate(idx, 20, temperature=0))), ids)
-    assert not any(isinstance(part, nn.Linear) for part in model.modules())  # No weight is there twice.
-
-
-def relative(found, exact):
-    """The root mean square of the error, over that of what is exact."""
-    return ((found - exact).norm() / exact.norm()).item()
-
-
-@needs_onednn
-@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
-@pytest.mark.parametrize("shape", [(8,), (1, 8), (5, 8), (2, 3, 8), (7, 8)], ids=str)
-def test_a_packed_layer_gives_rows_of_any_number_and_shape(monkeypatch, capability, shape):
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    linear, x = torch.nn.Linear(8, 12), torch.randn(1, *shape)
-    packed = sample.PackedLinear(linear, 1, rounds=False)
-    with torch.inference_mode():
-        torch.testing.assert_close(packed(x), linear(x))
-
-
-@needs_onednn
-def test_a_model_packed_in_float16_rounds_the_weights_of_single_tokens_only():
-    model = random_model()
-    with torch.no_grad():
-        idx = torch.randint(257, (1, 7), generator=torch.Generator().manual_seed(1))
-        prompt, exact = model(idx)[0], model(idx[:, :1])[0]
-        sample.pack(model, 1, rounds=True)
-        torch.testing.assert_close(model(idx)[0], prompt, atol=1e-5, rtol=1e-5)
-        single = model(idx[:, :1])[0]
-    assert 1e-5 < relative(single, exact) < 1e-3  # Weights, inputs and outputs are rounded to 2^-12 of a number each.
-
-
-@needs_onednn
-@pytest.mark.parametrize(("factor", "rounds"), [(1, True), (1e7, False), (1e-7, False), (100, True)])
-def test_a_weight_that_float16_cannot_hold_stays_as_it_is(factor, rounds):
-    linear = nn.Linear(64, 32).requires_grad_(False)
-    linear.weight *= factor
-    packed = sample.PackedLinear(linear, 1, rounds=True)
-    assert (packed.half is not None) == rounds
-    for size in (1e-6, 1.0, 1e6):  # activations beyond float16 too, and their products
-        x = size * torch.randn(1, 1, 64, generator=torch.Generator().manual_seed(2))
-        assert relative(packed(x), linear(x)) < (5e-4 if rounds else 1e-6)
-    assert torch.equal(packed(torch.zeros(1, 1, 64)), linear.bias[None, None])
-
-
-@needs_onednn
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 def test_float16_on_a_cpu_is_for_sampling(run, script):
     save_run(random_model())
     written = {}

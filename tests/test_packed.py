@@ -1,0 +1,161 @@
+"""packed.py: a model for one token at a time on a CPU gives what the plain model gives."""
+
+from lib import packed
+
+import pytest
+import torch
+from conftest import random_model
+from torch import nn
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.no_grad():
+        yield
+
+
+def prompts(rows, length=7, seed=1):
+    return torch.randint(257, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def relative(found, exact):
+    """The root mean square of the error, over that of what is exact."""
+    return ((found - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
+@pytest.mark.parametrize("rows", [1, 4, 9])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_packed_model_gives_the_same_logits_and_text(monkeypatch, capability, rows, bias):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    model, idx = random_model(bias=bias), prompts(rows)
+    nn.init.normal_(model.transformer.wpe.weight, std=2.0)  # The text varies with the position.
+    expected, _ = model(idx)
+    ids = torch.stack(list(model.generate(idx, 40, temperature=0)))  # beyond the context, which is read again
+    assert len(ids.unique()) > 3
+    packed.pack(model, rows)
+    torch.testing.assert_close(model(idx)[0], expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model(idx[:1])[0], expected[:1], atol=1e-5, rtol=1e-5)  # another number of rows
+    assert torch.equal(torch.stack(list(model.generate(idx, 40, temperature=0))), ids)
+    assert not any(isinstance(part, nn.Linear) for part in model.modules())  # No weight is there twice.
+
+
+@pytest.mark.parametrize("rounds", [False, True])
+@pytest.mark.parametrize("samples", [1, 3])
+def test_a_token_after_others_has_the_hidden_state_that_the_whole_text_gives_it(samples, rounds):
+    model, idx = random_model(), prompts(samples, 12)
+    expected, c = model.hidden(idx), model.config
+    packed.pack(model, samples, rounds)
+    cache = torch.zeros(c.n_layer, 2, samples, c.n_head, c.block_size, c.n_embd // c.n_head)
+    found = [model.hidden(idx[:, :5], cache)]
+    found += [model.hidden(idx[:, i : i + 1], cache, i) for i in range(5, 12)]
+    # The rounding to float16 is for single samples.
+    assert relative(torch.cat(found, dim=1), expected) < (2e-3 if rounds and samples == 1 else 1e-5)
+
+
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
+@pytest.mark.parametrize("shape", [(8,), (1, 8), (5, 8), (2, 3, 8), (7, 8)], ids=str)
+def test_a_packed_layer_gives_rows_of_any_number_and_shape(monkeypatch, capability, shape):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    linear, x = nn.Linear(8, 12), torch.randn(1, *shape)
+    torch.testing.assert_close(packed.PackedLinear(linear, 1)(x), linear(x))
+
+
+def test_a_model_packed_in_float16_rounds_the_weights_of_single_tokens_only():
+    model, idx = random_model(), prompts(1)
+    prompt, exact = model(idx)[0], model(idx[:, :1])[0]
+    packed.pack(model, 1, rounds=True)
+    torch.testing.assert_close(model(idx)[0], prompt, atol=1e-5, rtol=1e-5)
+    single = model(idx[:, :1])[0]
+    assert 1e-5 < relative(single, exact) < 1e-3  # Weights, inputs and outputs are rounded to 2^-12 of a number each.
+
+
+@pytest.mark.parametrize(("factor", "rounds"), [(1, True), (1e7, False), (1e-7, False), (100, True)])
+def test_a_weight_that_float16_cannot_hold_stays_as_it_is(factor, rounds):
+    linear = nn.Linear(64, 32)
+    linear.weight *= factor
+    layer = packed.PackedLinear(linear, 1, rounds=True)
+    assert (layer.half is not None) == rounds
+    for size in (1e-6, 1.0, 1e6):  # activations beyond float16 too, and their products
+        x = size * torch.randn(1, 1, 64, generator=torch.Generator().manual_seed(2))
+        assert relative(layer(x), linear(x)) < (5e-4 if rounds else 1e-6)
+    assert torch.equal(layer(torch.zeros(1, 1, 64)), linear.bias[None, None])
+
+
+# ---- the output layer of the likeliest ids ----
+
+
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize("top", [1, 5, 200, 5000])
+@pytest.mark.parametrize("kind", ["random", "alike", "ties", "mixed sizes", "tiny", "zeros"])
+def test_the_likeliest_logits_are_exact_and_the_others_lie_below_them(kind, top, size):
+    g = torch.Generator().manual_seed(top)
+    weight, x = torch.randn(1000, 64, generator=g), size * torch.randn(1, 64, generator=g)
+    if kind == "alike":  # so near to each other that float16 can't tell them apart
+        weight = weight[:1] + 1e-5 * weight
+    elif kind == "ties":
+        weight = weight[:10].repeat(100, 1)
+    elif kind == "mixed sizes":
+        weight *= torch.logspace(-6, 1, 1000)[:, None]
+    elif kind == "tiny":
+        weight *= 1e-7
+    elif kind == "zeros":
+        x *= 0
+    exact = (x.double() @ weight.double().T)[0]
+    logits = packed.LikelyLinear(weight, top)(x)[0]
+    wanted = exact.topk(min(top, 1000))
+    error = 1e-6 * x.norm() * weight.norm(dim=1).amax()  # what float32 has
+    assert (logits.topk(min(top, 1000)).values - wanted.values).abs().max() <= error
+    # Each id that is taken has the logit that it should have.
+    ids = logits.topk(min(top, 1000)).indices
+    assert (logits[ids] - exact[ids]).abs().max() <= error
+
+
+def test_few_logits_are_computed_twice(monkeypatch):
+    """As many as are wanted, and those within the rounding of the last of them."""
+    weight = torch.randn(5000, 256, generator=torch.Generator().manual_seed(0))
+    layer, rows = packed.LikelyLinear(weight, 50), []
+
+    class Counted:
+        def __getitem__(self, near):
+            rows.append(len(near))
+            return weight[near]
+
+    layer.weight = Counted()
+    layer(torch.randn(1, 256, generator=torch.Generator().manual_seed(1)))
+    assert 50 <= rows[0] < 75
+
+
+def test_a_diverged_model_is_seen():
+    for bad in (torch.nan, torch.inf):
+        x = torch.ones(1, 8)
+        x[0, 3] = bad
+        assert not packed.LikelyLinear(torch.randn(20, 8), 5)(x).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "options", [dict(top_k=20), dict(top_k=9, top_p=0.9), dict(temperature=0), dict(top_k=0)], ids=str
+)
+def test_sampling_draws_the_same_with_it(options):
+    model = random_model(vocab_size=300)
+    nn.init.normal_(model.transformer.wpe.weight, std=2.0)
+    how = dict(temperature=0.8, vocab_size=257) | options
+
+    def written():
+        g = torch.Generator().manual_seed(3)
+        return torch.cat(list(model.generate(prompts(1), 40, generator=g, **how))).tolist()
+
+    plain = written()
+    top = 1 if how["temperature"] == 0 else how["top_k"]
+    packed.pack(model, 1, top=top, vocab_size=257)
+    assert isinstance(model.lm_head, packed.LikelyLinear if top else packed.PackedLinear)
+    assert written() == plain and len(set(plain)) > 1
+
+
+def test_an_output_layer_that_float16_cannot_hold_is_packed_whole():
+    model = random_model()
+    model.lm_head.weight *= 1e5
+    packed.pack(model, 1, top=5)
+    assert isinstance(model.lm_head, packed.PackedLinear)
