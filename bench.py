@@ -7,10 +7,10 @@
     python bench.py --jobs=prepare --text='books/*.txt'
 
 Jobs: prepare, train (AdamW), muon, dropout (AdamW with 0.1), largest and muon_largest (in the largest micro-batches
-that fit, on a CPU the fastest), eval, sample, samples (eight at once). The limits are measured too. That of training
-and evaluation is the rate of the model's own matrix products. That of sampling is reading the weights once for each
-token, and that of preparing is the tokenizer alone. Nothing is downloaded: the text is Python's standard library, and
-the weights are those that train.py draws.
+that fit, on a CPU the fastest), eval, sample, samples (eight at once), sample_float16 (rounded weights). The limits are
+measured too. That of training and evaluation is the rate of the model's own matrix products. That of sampling is
+reading all weights for each token, and that of preparing is the tokenizer alone. Nothing is downloaded: the text is
+Python's standard library, and the weights are those that train.py draws.
 """
 
 import contextlib
@@ -43,11 +43,12 @@ TRAININGS = {
     "largest": ["--auto_batch_size=True"],
     "muon_largest": ["--optimizer=muon", "--auto_batch_size=True"],
 }
-SAMPLINGS = {"sample": 1, "samples": 8}  # samples at once
+SAMPLINGS = {"sample": (1, ""), "samples": (8, ""), "sample_float16": (1, "float16")}  # samples at once, precision
 JOBS = ("prepare", *TRAININGS, "eval", *SAMPLINGS)
+CHEAP = ("prepare", "train", "eval", "sample", "sample_float16")
 # A GPU needs more work than a CPU to be busy, and more steps to be timed.
 DEFAULTS = {
-    "cpu": dict(jobs=("prepare", "train", "eval", "sample"), batch_size=1, gradient_accumulation_steps=1, steps=5),
+    "cpu": dict(jobs=CHEAP, batch_size=1, gradient_accumulation_steps=1, steps=5),
     "cuda": dict(jobs=JOBS, batch_size=16, gradient_accumulation_steps=8, steps=40),
 }
 WARM_UP = 2  # steps of training that do not count
@@ -56,7 +57,7 @@ WEIGHTS = "--init_from=out/final.pt"  # the weights alone, as best.pt has them
 
 @dataclass
 class Settings:
-    jobs: tuple[str, ...] = ()  # what to measure, a,b; '' is all on a GPU, and prepare,train,eval,sample elsewhere
+    jobs: tuple[str, ...] = ()  # what to measure, a,b; '' is all on a GPU, and the cheap ones elsewhere
     peer: str = ""  # a folder with nanoGPT's sources, whose training is measured too; '' is none
     n_layer: int = 12  # blocks
     n_head: int = 12  # attention heads
@@ -190,9 +191,9 @@ def matmul_rate(s, device, dtype, training):
 
 
 def bandwidth(device):
-    """Bytes/s of a matrix-vector product in float32 whose matrix, of 2^27 numbers, no cache holds."""
-    w, x = torch.ones(1 << 14, 1 << 13, device=device), torch.ones(1 << 13, device=device)
-    return w.numel() * w.itemsize / best_seconds(lambda: w @ x, device)
+    """Bytes/s of adding up 2^27 numbers in float32, which no cache holds."""
+    numbers = torch.ones(1 << 27, device=device)
+    return numbers.numel() * numbers.itemsize / best_seconds(numbers.sum, device)
 
 
 TOKENIZER_ALONE = """
@@ -254,9 +255,10 @@ def evaluation(s, folder, machine):
     return {"tokens_per_sec": number(r"^([\d,]+) tokens/s", lines)} | memory
 
 
-def sampling(s, folder, machine, num_samples):
+def sampling(s, folder, num_samples, dtype):
     prompt = "--start=" + 32 * " the"  # one token each
     lengths = [f"--num_samples={num_samples}", f"--max_new_tokens={s.max_new_tokens}"]
+    machine = [f"--device={s.device}", f"--dtype={dtype}"]
     lines, memory = run(folder, ROOT / "sample.py", WEIGHTS, prompt, *lengths, *machine)
     return {"tokens_per_sec": number(r"tokens, ([\d.,]+) tokens/s", lines)} | memory
 
@@ -348,11 +350,11 @@ def measure(s, folder):
         print("\n".join(line for _, line in lines[begin:]))
     if "eval" in s.jobs:  # The forward pass is a third of the arithmetic of training.
         done("eval", evaluation(s, folder, machine) | products(flops / 3, training=False))
-    for job, count in SAMPLINGS.items():
+    for job, (count, rounded) in SAMPLINGS.items():
         if job in s.jobs:
-            rate = bandwidth(device)
-            limit = {"limit": count * rate / (parameters * dtype.itemsize), "limit_is": f"{rate / 1e9:.3g} GB/s"}
-            done(job, sampling(s, folder, machine, count) | limit)
+            rate, weights = bandwidth(device), parameters * (2 if rounded else dtype.itemsize)  # bytes
+            limit = {"limit": count * rate / weights, "limit_is": f"{rate / 1e9:.3g} GB/s"}
+            done(job, sampling(s, folder, count, rounded or s.dtype) | limit)
     return results
 
 

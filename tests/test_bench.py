@@ -105,12 +105,15 @@ def test_sampling_and_what_it_stands_on(monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr(bench, "run", listen)
     (tmp_path / "text.txt").write_text("Some words, and some others.\n" * 400)
-    call(monkeypatch, *SMALL, "--jobs=sample", f"--text={tmp_path}/*.txt", f"--json={tmp_path}/found.json")
+    jobs = ["sample", "sample_float16"]
+    call(monkeypatch, *SMALL, f"--jobs={','.join(jobs)}", f"--text={tmp_path}/*.txt", f"--json={tmp_path}/found.json")
     found = json.loads((tmp_path / "found.json").read_text())["results"]
-    assert list(found) == ["sample"] and f", {found['sample']['tokens_per_sec']:,.1f} tokens/s, the first" in said[-1]
+    assert list(found) == jobs
     weights = 50257 * 16 + 12 * 16 * 16 + 13 * 16 + 2 * 16  # without positions
-    assert found["sample"]["limit"] == pytest.approx(1e10 / (4 * weights), rel=0.01)
-    assert f"{found['sample']['limit']:,.0f}" in capsys.readouterr().out.splitlines()[-1]
+    for job, line, size in zip(jobs, said[-2:], (4, 2), strict=True):
+        assert f", {found[job]['tokens_per_sec']:,.1f} tokens/s, the first" in line
+        assert found[job]["limit"] == pytest.approx(1e10 / (size * weights), rel=0.01)
+    assert f"{found[job]['limit']:,.0f}" in capsys.readouterr().out.splitlines()[-1]
 
 
 PEER = """
@@ -138,10 +141,10 @@ def test_a_peer_has_the_same_work_and_the_median_of_its_steps_counts(tmp_path):
 
 
 def test_what_is_left_open_is_chosen_for_the_device(monkeypatch):
-    for device, jobs, batch in (("cpu", 4, 1), ("cuda", 9, 16)):
+    for device, jobs, batch in (("cpu", bench.CHEAP, 1), ("cuda", bench.JOBS, 16)):
         s = bench.Settings(device=device, steps=3)
         bench.check(s)
-        assert (len(s.jobs), s.batch_size, s.steps) == (jobs, batch, 3)
+        assert (s.jobs, s.batch_size, s.steps) == (jobs, batch, 3)
 
 
 def test_what_was_not_compiled_is_said(tmp_path, capsys):
