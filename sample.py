@@ -5,7 +5,7 @@
     python sample.py --start=FILE:prompt.txt --temperature=0      greedy
     echo "def main" | python sample.py --start=-
     python sample.py --interactive=True                           each line typed is a prompt, until Ctrl-D
-    python sample.py --dtype=float16                              rounded weights: 1.6 times as fast for one sample on a CPU
+    python sample.py --dtype=float16                              rounded weights, 1.6 times as fast on a CPU
 
 The text goes to standard output. What the program says of itself goes to standard error.
 """
