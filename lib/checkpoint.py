@@ -15,7 +15,7 @@ import warnings
 import zipfile
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lib import files, huggingface, settings, tokenizer
@@ -343,14 +343,15 @@ def open_model(source):
     mean = open_one(first)
     for count, name in enumerate(others, start=2):
         other = open_one(name)
-        shapes = [replace(opened.model.config, dropout=0.0) for opened in (mean, other)]
-        if shapes[0] != shapes[1] or mean.tokenizer != other.tokenizer:
-            raise UserError(f"{first} and {name} have no mean: their shape or tokenizer differs; take those of one run")
+        a, b = ({"tokenizer": m.tokenizer} | asdict(m.model.config) | {"dropout": 0.0} for m in (mean, other))
+        if differ := ", ".join(key for key in a if a[key] != b[key]):
+            raise UserError(f"{first} and {name} have no mean: they differ in {differ}; take checkpoints of one run")
         with torch.no_grad():
             for p, q in zip(mean.model.parameters(), other.model.parameters(), strict=True):
                 p.lerp_(q, 1 / count)
         mean.iter_num = max(mean.iter_num, other.iter_num)
-        mean.dataset = mean.dataset if mean.dataset == other.dataset else ""
+        known = {mean.dataset, other.dataset} - {""}
+        mean.dataset = known.pop() if len(known) == 1 else ""
     if others:
         mean.name, mean.path = f"the mean of {', '.join([first, *others])}", None
     return mean

@@ -13,6 +13,11 @@ def pad(x, rows):
     return F.pad(x, (0, 0, 0, rows - len(x))) if len(x) < rows else x
 
 
+def fits_half(weight):
+    """Whether products of a weight (V, C) with inputs of at most 1 in size are within float16, which ends at 65,504."""
+    return weight.norm(p=1, dim=1).amax() < 65504
+
+
 class PackedLinear(nn.Module):
     """A float32 linear layer without gradients. Its weight is stored in the order in which oneDNN reads it.
 
@@ -26,9 +31,9 @@ class PackedLinear(nn.Module):
         # With AVX-512 oneDNN reads the weight for six rows a fifth faster than for one. With AVX2 it is slower.
         self.least = 6 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 1
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, max(rows, self.least))
-        half = weight.half() if rounds else None
-        # float16 holds 2^-24 to 65,504. A weight of other values stays as it is.
-        self.half = half if rounds and (half - weight).norm() < 1e-3 * weight.norm() else None
+        half = weight.half() if rounds and fits_half(weight) else None
+        # float16 holds numbers down to 2^-24. A weight of smaller ones stays as it is.
+        self.half = half if half is not None and (half - weight).norm() < 1e-3 * weight.norm() else None
         self.bias = None if linear.bias is None else linear.bias.detach()
 
     def rows_for(self, n):
@@ -43,7 +48,7 @@ class PackedLinear(nn.Module):
     def product(self, x, then="none", other=None):
         """The outputs of rows x (n, C). `then` is what follows at once: none, gelu, or add, which adds `other`."""
         if self.half is not None and len(x) == 1:
-            scale = x.abs().amax().clamp(min=1e-30)  # At most 1 in size, no input or output is beyond float16.
+            scale = x.abs().amax().clamp(min=1e-30)  # of inputs of at most 1
             y = F.linear((x / scale).half(), self.half).float() * scale
             y = y if self.bias is None else y + self.bias
             return F.gelu(y, approximate="tanh") if then == "gelu" else y + other if then == "add" else y
@@ -108,8 +113,7 @@ def pack(model, samples, rounds=False, top=0, vocab_size=0):
                 if isinstance(linear, nn.Linear):
                     setattr(part, name, PackedLinear(linear, samples, rounds))
     weight = model.lm_head.weight.detach()
-    fits = weight.abs().amax() * weight.size(1) < 65504  # No product with inputs of at most 1 is beyond float16.
-    if samples == 1 and top and not rounds and fits:
+    if samples == 1 and top and not rounds and fits_half(weight):
         model.lm_head = LikelyLinear(weight[: vocab_size or None], top)
     else:
         model.lm_head = PackedLinear(model.lm_head, samples, rounds)

@@ -63,6 +63,11 @@ def find(s, dataset, rt):
     start.state = State(**{name: start.ckpt[key] for name, key in KEYS.items()})
     start.in_place = is_same(start.path, last)
     then = start.ckpt["config"]
+    if s.init_from not in ("scratch", "resume", then["init_from"]):
+        raise UserError(
+            f"{start.path} is of a run from init_from={then['init_from']}; go on without --init_from={s.init_from}, "
+            "or begin a run from that in another --out_dir"
+        )
     start.keeps_batch_size = keeps_batch_size(s, then) and then["gradient_accumulation_steps"] % rt.world_size == 0
     if start.keeps_batch_size:
         s.batch_size, s.gradient_accumulation_steps = then["batch_size"], then["gradient_accumulation_steps"]

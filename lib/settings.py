@@ -132,6 +132,10 @@ def load(cls, argv=None, positional="", command_line_only=(), bare_means=""):
             continue
         if arg[:1] in DASHES:
             refuse_setting(arg, argv[i + 1 :], hints)
+        if i and argv[i - 1].startswith("--") and argv[i - 1].endswith(","):
+            raise UserError(f"{arg}: no space follows a comma, write {shlex.quote(argv[i - 1] + arg)}")
+        if "init_from" in hints and arg.endswith(".pt"):
+            raise UserError(f"{arg}: a checkpoint is not a config file, write {example('init_from', [arg], str)}")
         bare.append(arg)
     if positional:
         return cls(**given, **{positional: tuple(bare)})

@@ -239,13 +239,20 @@ def test_several_checkpoints_are_the_mean_of_their_weights(tmp_path, monkeypatch
     assert same(checkpoint.open_model("a.pt,b.pt").model, checkpoint.open_model("c.pt").model)
 
 
+def test_a_mean_is_of_the_dataset_of_those_that_name_one(tmp_path, model):
+    for name, dataset in (("a", "mine"), ("b", "mine"), ("c", "yours"), ("none", "")):
+        checkpoint.save(tmp_path / f"{name}.pt", checkpoint.weights(model) | {"config": {"dataset": dataset}})
+    for names, dataset in (("ab", "mine"), ("ac", ""), (("none", "a"), "mine"), (("a", "none"), "mine")):
+        assert checkpoint.open_model(",".join(f"{tmp_path}/{n}.pt" for n in names)).dataset == dataset
+
+
 def test_models_that_have_no_mean_are_named(tmp_path, model, path):
     other = checkpoint.weights(GPT(GPTConfig(**SHAPE | {"n_layer": 1}))) | {"tokenizer": CHARS}
     checkpoint.save(tmp_path / "shape.pt", other)
     checkpoint.save(tmp_path / "tokens.pt", checkpoint.weights(model) | {"tokenizer": CHARS[:-1] + "z"})
-    for name in ("shape.pt", "tokens.pt"):
+    for name, what in (("shape.pt", "n_layer"), ("tokens.pt", "tokenizer")):
         says = refusal(checkpoint.open_model, f"{path},{tmp_path / name}")
-        assert says.startswith(f"{path} and {tmp_path / name} have no mean")
+        assert says.startswith(f"{path} and {tmp_path / name} have no mean: they differ in {what};")
     assert "missing.pt" in refusal(checkpoint.open_model, f"{path},missing.pt")
 
 

@@ -159,3 +159,12 @@ def test_an_output_layer_that_float16_cannot_hold_is_packed_whole():
     model.lm_head.weight *= 1e5
     packed.pack(model, 1, top=5)
     assert isinstance(model.lm_head, packed.PackedLinear)
+
+
+def test_no_product_of_a_layer_in_float16_is_beyond_it():
+    for size, rounds in ((900, True), (1100, False)):  # times 64 inputs of 1 it is within 65,504, or beyond
+        linear = nn.Linear(64, 4)
+        linear.weight.fill_(size)
+        layer, x = packed.PackedLinear(linear, 1, rounds=True), torch.ones(1, 64)
+        assert (layer.half is not None) == rounds
+        torch.testing.assert_close(layer(x), linear(x), rtol=1e-3, atol=0)

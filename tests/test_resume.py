@@ -96,6 +96,16 @@ def test_a_whole_checkpoint_is_gone_on_with_as_it_was(whole):
             assert torch.equal(optimizer.state_dict()["state"][i][name], moment)
 
 
+def test_other_weights_to_begin_from_are_not_passed_over(whole):
+    save(whole)
+    began = whole["config"]["init_from"]
+    for init_from in ("scratch", "resume", began):
+        assert begin(settings_of(optimizer=whole["config"]["optimizer"], init_from=init_from))[0].in_place
+    for more in ({}, {"resume_from": "out/a/ckpt.pt", "out_dir": "out/b"}):
+        says = refusal(begin, settings_of(optimizer=whole["config"]["optimizer"], init_from="a.pt,b.pt", **more))
+        assert f"out/a/ckpt.pt is of a run from init_from={began}; go on without --init_from=a.pt,b.pt" in says
+
+
 def missing(*path):
     """A change that removes a key, however deep."""
 

@@ -395,6 +395,11 @@ def test_a_prompt_without_its_setting_is_told_how_to_write_it(mistake, args, wri
     assert mistake(*args).endswith(f"write {write}\n")
 
 
+def test_a_checkpoint_without_its_setting_is_told_how_to_write_it(mistake):
+    for name in ("out/a/ckpt_iter_10.pt", "a.pt,b.pt"):
+        assert mistake(name).endswith(f"{name}: a checkpoint is not a config file, write --init_from={name}\n")
+
+
 def test_prompts_are_read_as_they_stand():
     """Only a prompt that begins with FILE: or is - names something to read."""
     for prompt in ("", "--", "- a", "a FILE:b", "file:x"):

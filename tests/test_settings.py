@@ -429,6 +429,11 @@ def test_a_positional_setting_by_its_name_is_a_value_or_a_mistake_and_no_traceba
 # Mistakes with files
 
 
+def test_a_list_with_a_space_in_it_is_put_together():
+    assert mistake(["--sizes=1,", "2"]) == "2: no space follows a comma, write --sizes=1,2"
+    assert mistake(["--wandb_tags=a b,", "c"]) == "c: no space follows a comma, write '--wandb_tags=a b,c'"
+
+
 @pytest.mark.parametrize(
     ("wrong", "near"),
     [
