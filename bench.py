@@ -9,8 +9,8 @@
 Jobs: prepare, train (AdamW), muon, dropout (AdamW with 0.1), largest and muon_largest (in the largest micro-batches
 that fit, on a CPU the fastest), eval, sample, samples (eight at once), sample_float16 (rounded weights). The limits are
 measured too. That of training and evaluation is the rate of the model's own matrix products. That of sampling is
-reading all weights for each token, and that of preparing is the tokenizer alone. Nothing is downloaded: the text is
-Python's standard library, and the weights are those that train.py draws.
+reading all weights once for each token, of which sample.py saves some on a CPU. That of preparing is the tokenizer
+alone. Nothing is downloaded: the text is Python's standard library, and the weights are those that train.py draws.
 """
 
 import contextlib
@@ -45,10 +45,9 @@ TRAININGS = {
 }
 SAMPLINGS = {"sample": (1, ""), "samples": (8, ""), "sample_float16": (1, "float16")}  # samples at once, precision
 JOBS = ("prepare", *TRAININGS, "eval", *SAMPLINGS)
-CHEAP = ("prepare", "train", "eval", "sample", "sample_float16")
 # A GPU needs more work than a CPU to be busy, and more steps to be timed.
 DEFAULTS = {
-    "cpu": dict(jobs=CHEAP, batch_size=1, gradient_accumulation_steps=1, steps=5),
+    "cpu": dict(jobs=("prepare", "train", "eval", "sample"), batch_size=1, gradient_accumulation_steps=1, steps=5),
     "cuda": dict(jobs=JOBS, batch_size=16, gradient_accumulation_steps=8, steps=40),
 }
 WARM_UP = 2  # steps of training that do not count
@@ -57,7 +56,7 @@ WEIGHTS = "--init_from=out/final.pt"  # the weights alone, as best.pt has them
 
 @dataclass
 class Settings:
-    jobs: tuple[str, ...] = ()  # what to measure, a,b; '' is all on a GPU, and the cheap ones elsewhere
+    jobs: tuple[str, ...] = ()  # what to measure, a,b; '' is all on a GPU, and prepare,train,eval,sample elsewhere
     peer: str = ""  # a folder with nanoGPT's sources, whose training is measured too; '' is none
     n_layer: int = 12  # blocks
     n_head: int = 12  # attention heads
@@ -352,8 +351,9 @@ def measure(s, folder):
         done("eval", evaluation(s, folder, machine) | products(flops / 3, training=False))
     for job, (count, rounded) in SAMPLINGS.items():
         if job in s.jobs:
-            rate, weights = bandwidth(device), parameters * (2 if rounded else dtype.itemsize)  # bytes
-            limit = {"limit": count * rate / weights, "limit_is": f"{rate / 1e9:.3g} GB/s"}
+            size = parameters * (2 if rounded else dtype.itemsize)  # in bytes
+            rate = bandwidth(device)
+            limit = {"limit": count * rate / size, "limit_is": f"{rate / 1e9:.3g} GB/s"}
             done(job, sampling(s, folder, count, rounded or s.dtype) | limit)
     return results
 

@@ -101,8 +101,7 @@ class Block(nn.Module):
 
 def compute_dtype(x):
     """The precision of the matrix products: autocast's where it is on, else that of x."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
 
 
 def output_weight(weight, dtype):
@@ -195,7 +194,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 torch.addmm(grad_w, products.T, h[part] * scale, out_dtype=torch.float32, out=grad_w)
             else:
                 grad_w.addmm_(products.T.float(), (h[part] * scale).float())
-        ctx.save_for_backward(grad_x, grad_w[:V], count := scored.sum())
+        count = scored.sum()
+        ctx.save_for_backward(grad_x, grad_w[:V], count)
         return total / count
 
     @staticmethod
@@ -259,7 +259,8 @@ class GPT(nn.Module):
 
     def compile_parts(self):
         """torch.compile the loss and every block in place. The blocks share a graph. Parameter names stay."""
-        # Tuned on a GPU, it has few enough rows under way that the chip's cache holds them between its passes.
+        # Tuned on a GPU, it has few enough rows under way that the chip's cache holds them between its passes. What is
+        # found to be fast may differ from run to run, and with it the last bits.
         tuned = not torch.are_deterministic_algorithms_enabled()
         self.compiled_softmax = torch.compile(softmax_, dynamic=False, options={"coordinate_descent_tuning": tuned})
         for block in self.transformer.h:
@@ -318,9 +319,8 @@ class GPT(nn.Module):
         c = self.config
         context, done = idx[:, -c.block_size :], torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
         shape = (c.n_layer, 2, len(idx), c.n_head, c.block_size, c.n_embd // c.n_head)
-        dtype = compute_dtype(self.lm_head.weight)
-        cache, past = torch.zeros(shape, dtype=dtype, device=idx.device) if use_cache else None, 0
-        how = eot, vocab_size, temperature, top_k, top_p, generator
+        cache = torch.zeros(shape, dtype=compute_dtype(self.lm_head.weight), device=idx.device) if use_cache else None
+        past, how = 0, (eot, vocab_size, temperature, top_k, top_p, generator)
         for _ in range(max_new_tokens):
             if context.size(1) > c.block_size:
                 context, past = context[:, -max(1, c.block_size // 2) :], 0

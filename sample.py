@@ -5,7 +5,7 @@
     python sample.py --start=FILE:prompt.txt --temperature=0      greedy
     echo "def main" | python sample.py --start=-
     python sample.py --interactive=True                           each line typed is a prompt, until Ctrl-D
-    python sample.py --dtype=float16                              rounded weights, 1.6 times as fast on a CPU
+    python sample.py --dtype=float16                              rounded weights: a sample is faster on a CPU
 
 The text goes to standard output. What the program says of itself goes to standard error.
 """
@@ -106,8 +106,7 @@ def main():
     if 2 * c.n_layer * c.n_embd * c.block_size * width * s.num_samples > rt.memory() > 0:
         raise UserError(f"num_samples={s.num_samples:,} at once do not fit in memory; take a smaller --num_samples")
     if packs:
-        likeliest = 1 if s.temperature < 1e-6 else s.top_k
-        packed.pack(model, s.num_samples, rt.dtype != torch.float32, likeliest, tok.vocab_size)
+        packed.pack(model, s.num_samples, rt.dtype != torch.float32, s.top_k, tok.vocab_size)
     if rt.device.type == "cuda":
         captured.capture(model, rt.dtype)
     prompt = [] if s.interactive else encode_prompt(text, tok)

@@ -27,7 +27,7 @@ import torch
 class Settings:
     # the run
     out_dir: str = "out"  # the run's folder: checkpoints and metrics.jsonl
-    init_from: str = "scratch"  # scratch, resume (there must be a run), gpt2*, a Hugging Face folder, a checkpoint
+    init_from: str = "scratch"  # scratch, resume (of a run), gpt2*, a Hugging Face folder, a checkpoint; a,b: the mean
     resume_from: str = ""  # a checkpoint from which a new run goes on, in an out_dir of its own; '' is none
     overwrite: bool = False  # True starts anew, and removes what a run has left in out_dir
     seed: int = 1337  # seed of the initial weights, of the order of the data and of dropout
@@ -185,7 +185,7 @@ def make_model(s, start, dataset, rt):
         dataset.check_tokenizer(opened)
         model, positions = opened.model, opened.model.config.block_size
         if s.block_size > positions:
-            raise UserError(f"{s.init_from} has {positions:,} positions; take --block_size={positions} or less")
+            raise UserError(f"{opened.name} has {positions:,} positions; take --block_size={positions} or less")
         if s.block_size < positions:
             model.crop_block_size(s.block_size)
             cropped = f"cropped the model's {positions:,} positions to {s.block_size:,}, and an export has as many"

@@ -343,7 +343,8 @@ def open_model(source):
     mean = open_one(first)
     for count, name in enumerate(others, start=2):
         other = open_one(name)
-        a, b = ({"tokenizer": m.tokenizer} | asdict(m.model.config) | {"dropout": 0.0} for m in (mean, other))
+        # Only the dataset tells the tokenizer of nanoGPT's checkpoints.
+        a, b = (asdict(m.model.config) | {"dropout": 0, "tokenizer": m.tokenizer or m.dataset} for m in (mean, other))
         if differ := ", ".join(key for key in a if a[key] != b[key]):
             raise UserError(f"{first} and {name} have no mean: they differ in {differ}; take checkpoints of one run")
         with torch.no_grad():

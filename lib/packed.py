@@ -1,4 +1,4 @@
-"""One token at a time on a CPU, where reading the weights takes the time: so they are read fast, or only half of them.
+"""One token at a time on a CPU. Reading the weights takes the time there, so they are read fast, or fewer bytes are.
 
 Between the products lie as few operations as can be, since each of them finds its data gone from the caches.
 """
@@ -58,7 +58,7 @@ class PackedLinear(nn.Module):
 
 
 class LikelyLinear(nn.Module):
-    """An output layer for one row, exact for the `top` likeliest ids. It reads little more than half of the weight.
+    """An output layer for one row, exact for the `top` likeliest ids. It reads little more than half of the bytes.
 
     The weight rounded to float16 gives all logits and how far each of them may be off. Those that may be among the
     `top` largest are computed again with the weight as it is. The others stay rounded, and below them.
@@ -78,7 +78,7 @@ class LikelyLinear(nn.Module):
         scale = x.abs().amax().clamp(min=1e-30)
         y = x / scale
         rounded = y.half()
-        logits = F.linear(rounded, self.half).float()[0]  # (V,), of which float16 has 2^-11
+        logits = F.linear(rounded, self.half).float()[0]  # (V,), rounded to 2^-11 of each
         off = y.norm() * self.lost + (y - rounded).norm() * self.size + 2**-11 * logits.abs()
         near = (logits + off >= (logits - off).topk(self.top).values[-1]).nonzero()[:, 0]
         logits[near] = self.weight[near] @ y[0]
@@ -113,7 +113,8 @@ def pack(model, samples, rounds=False, top=0, vocab_size=0):
                 if isinstance(linear, nn.Linear):
                     setattr(part, name, PackedLinear(linear, samples, rounds))
     weight = model.lm_head.weight.detach()
-    if samples == 1 and top and not rounds and fits_half(weight):
+    # Rows that are read twice cost more than those of a product. At a twentieth of them nothing is gained.
+    if samples == 1 and 0 < 20 * top < len(weight) and not rounds and fits_half(weight):
         model.lm_head = LikelyLinear(weight[: vocab_size or None], top)
     else:
         model.lm_head = PackedLinear(model.lm_head, samples, rounds)

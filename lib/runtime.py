@@ -276,7 +276,8 @@ def compile_parts(model, rt, batch_size, block_size):
     if not rt.compile:
         return
     block, training = model.transformer.h[0], model.training
-    h = torch.zeros(batch_size, block_size, model.config.n_embd, device=rt.device)
+    between = torch.bfloat16 if training and rt.dtype == torch.bfloat16 else torch.float32  # as GPT.hidden has it
+    h = torch.zeros(batch_size, block_size, model.config.n_embd, device=rt.device, dtype=between)
     if rt.device.type == "cpu":
         # Inductor would test for seconds whether the compiler makes vector code. A compiler that fails is met below.
         torch._inductor.config.cpp.vec_isa_ok = True

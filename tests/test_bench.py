@@ -96,11 +96,12 @@ def test_a_mistake_is_refused_before_anything_runs(monkeypatch, capsys, args):
 def test_sampling_and_what_it_stands_on(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench, "matmul_rate", lambda *a: 1e12)
     monkeypatch.setattr(bench, "bandwidth", lambda *a: 1e10)
-    said, run = [], bench.run
+    said, heard, run = [], [], bench.run
 
     def listen(*args, **kwargs):
         lines, memory = run(*args, **kwargs)
         said.append(lines[-1][1])
+        heard.extend(line for _, line in lines)
         return lines, memory
 
     monkeypatch.setattr(bench, "run", listen)
@@ -113,6 +114,7 @@ def test_sampling_and_what_it_stands_on(monkeypatch, tmp_path, capsys):
     for job, line, size in zip(jobs, said[-2:], (4, 2), strict=True):
         assert f", {found[job]['tokens_per_sec']:,.1f} tokens/s, the first" in line
         assert found[job]["limit"] == pytest.approx(1e10 / (size * weights), rel=0.01)
+    assert any("dtype float16" in line for line in heard)
     assert f"{found[job]['limit']:,.0f}" in capsys.readouterr().out.splitlines()[-1]
 
 
@@ -140,11 +142,14 @@ def test_a_peer_has_the_same_work_and_the_median_of_its_steps_counts(tmp_path):
     assert {"--batch_size=4", "--gradient_accumulation_steps=2", "--block_size=32", "--compile=False"} <= set(args)
 
 
+GPU_JOBS = "prepare train muon dropout largest muon_largest eval sample samples sample_float16"
+
+
 def test_what_is_left_open_is_chosen_for_the_device(monkeypatch):
-    for device, jobs, batch in (("cpu", bench.CHEAP, 1), ("cuda", bench.JOBS, 16)):
+    for device, jobs, batch in (("cpu", "prepare train eval sample", 1), ("cuda", GPU_JOBS, 16)):
         s = bench.Settings(device=device, steps=3)
         bench.check(s)
-        assert (s.jobs, s.batch_size, s.steps) == (jobs, batch, 3)
+        assert (s.jobs, s.batch_size, s.steps) == (tuple(jobs.split()), batch, 3)
 
 
 def test_what_was_not_compiled_is_said(tmp_path, capsys):

@@ -241,7 +241,8 @@ def test_several_checkpoints_are_the_mean_of_their_weights(tmp_path, monkeypatch
 
 def test_a_mean_is_of_the_dataset_of_those_that_name_one(tmp_path, model):
     for name, dataset in (("a", "mine"), ("b", "mine"), ("c", "yours"), ("none", "")):
-        checkpoint.save(tmp_path / f"{name}.pt", checkpoint.weights(model) | {"config": {"dataset": dataset}})
+        rest = {"config": {"dataset": dataset}, "tokenizer": CHARS}
+        checkpoint.save(tmp_path / f"{name}.pt", checkpoint.weights(model) | rest)
     for names, dataset in (("ab", "mine"), ("ac", ""), (("none", "a"), "mine"), (("a", "none"), "mine")):
         assert checkpoint.open_model(",".join(f"{tmp_path}/{n}.pt" for n in names)).dataset == dataset
 
@@ -254,6 +255,9 @@ def test_models_that_have_no_mean_are_named(tmp_path, model, path):
         says = refusal(checkpoint.open_model, f"{path},{tmp_path / name}")
         assert says.startswith(f"{path} and {tmp_path / name} have no mean: they differ in {what};")
     assert "missing.pt" in refusal(checkpoint.open_model, f"{path},missing.pt")
+    assert "',' is no checkpoint or folder" in refusal(checkpoint.open_model, ",")
+    for names in (f"{path},", f",{path}", f"{path},,{path}"):
+        assert same(checkpoint.open_model(names).model, model)
 
 
 def test_the_newest_run(tmp_path, model, monkeypatch):

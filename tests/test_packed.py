@@ -113,7 +113,26 @@ def test_the_likeliest_logits_are_exact_and_the_others_lie_below_them(kind, top,
     assert (logits[ids] - exact[ids]).abs().max() <= error
 
 
-def test_few_logits_are_computed_twice(monkeypatch):
+def test_every_rounding_counts_in_what_a_logit_may_be_off():
+    """Cases that are near the bound: few channels, a column that all rows share, weights of float16's last digits."""
+    g = torch.Generator().manual_seed(0)
+    for size, common in ((1e-3, 5.0), (1e-6, 0.0), (1e-6, 1e-3)):
+        for C in (1, 2, 3):
+            for _ in range(20):
+                weight, x = size * torch.randn(300, C, generator=g), torch.randn(1, C, generator=g)
+                weight[:, 0] += common
+                exact, logits = (x.double() @ weight.double().T)[0], packed.LikelyLinear(weight, 3)(x)[0]
+                assert exact[logits.topk(3).indices].min() >= exact.topk(3).values[-1] - 2e-7 * exact.abs().max()
+    # The rounding of the input alone puts the second row before the first.
+    b = torch.tensor(0.5 + 6 * 2**-11 + 0.98 * 2**-12)
+    weight, x = torch.tensor([[-b.half().item() * 1024, 1024], [0.2, 0]]), torch.tensor([[1, b]])
+    assert packed.LikelyLinear(weight, 1)(x).argmax() == (x @ weight.T).argmax() == 0
+    # The weight's rounding leaves 1024.5 and 1024.5001 of these, which float16 rounds to 1024 and 1025.
+    weight, x = torch.tensor([[1024, 0.50022, 0], [1024, 0.5, 1e-4]]), torch.ones(1, 3)
+    assert packed.LikelyLinear(weight, 1)(x).argmax() == (x @ weight.T).argmax() == 0
+
+
+def test_few_logits_are_computed_twice():
     """As many as are wanted, and those within the rounding of the last of them."""
     weight = torch.randn(5000, 256, generator=torch.Generator().manual_seed(0))
     layer, rows = packed.LikelyLinear(weight, 50), []
@@ -136,9 +155,46 @@ def test_a_diverged_model_is_seen():
 
 
 @pytest.mark.parametrize(
-    "options", [dict(top_k=20), dict(top_k=9, top_p=0.9), dict(temperature=0), dict(top_k=0)], ids=str
+    ("top", "samples", "rounds", "kind"),
+    [
+        (12, 1, False, packed.LikelyLinear),
+        (13, 1, False, packed.PackedLinear),  # more than a twentieth of 257
+        (0, 1, False, packed.PackedLinear),
+        (5, 2, False, packed.PackedLinear),
+        (5, 1, True, packed.PackedLinear),
+    ],
 )
-def test_sampling_draws_the_same_with_it(options):
+def test_the_output_layer_is_of_the_likeliest_where_that_is_faster(top, samples, rounds, kind):
+    model = random_model()
+    packed.pack(model, samples, rounds, top)
+    assert type(model.lm_head) is kind
+
+
+def test_rows_beyond_the_vocabulary_take_no_place_among_the_likeliest():
+    model = random_model(vocab_size=320)
+    model.lm_head.weight[257:] *= 50
+    x, exact = torch.randn(1, model.config.n_embd), model.lm_head
+    wanted = exact(x)[0, :257].topk(5)
+    packed.pack(model, 1, top=5, vocab_size=257)
+    found = model.lm_head(x)[0]
+    assert len(found) == 257 and torch.equal(found.topk(5).indices, wanted.indices)
+
+
+@pytest.mark.parametrize("rounds", [False, True])
+def test_what_follows_a_product_is_gpt_2_s_gelu_or_a_sum(rounds):
+    linear, gelu = nn.Linear(64, 32), nn.GELU(approximate="tanh")
+    x, other = torch.randn(1, 64), torch.randn(1, 32)
+    linear.weight.mul_(0), linear.bias.copy_(torch.linspace(-3, 3, 32))  # no rounding is left
+    layer = packed.PackedLinear(linear, 1, rounds)
+    torch.testing.assert_close(layer.product(x, "gelu"), gelu(linear(x)), atol=1e-6, rtol=0)
+    assert (nn.functional.gelu(linear(x)) - gelu(linear(x))).abs().max() > 1e-4  # The exact GELU is another function.
+    torch.testing.assert_close(layer.product(x, "add", other), linear(x) + other, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "options", [dict(top_k=12), dict(top_k=9, top_p=0.9), dict(temperature=0, top_k=3), dict(top_k=0)], ids=str
+)
+def test_sampling_draws_the_same_with_it(monkeypatch, options):
     model = random_model(vocab_size=300)
     nn.init.normal_(model.transformer.wpe.weight, std=2.0)
     how = dict(temperature=0.8, vocab_size=257) | options
@@ -147,11 +203,12 @@ def test_sampling_draws_the_same_with_it(options):
         g = torch.Generator().manual_seed(3)
         return torch.cat(list(model.generate(prompts(1), 40, generator=g, **how))).tolist()
 
-    plain = written()
-    top = 1 if how["temperature"] == 0 else how["top_k"]
-    packed.pack(model, 1, top=top, vocab_size=257)
-    assert isinstance(model.lm_head, packed.LikelyLinear if top else packed.PackedLinear)
+    plain, calls, one_token = written(), [], packed.one_token
+    packed.pack(model, 1, top=how["top_k"], vocab_size=257)
+    assert isinstance(model.lm_head, packed.LikelyLinear if how["top_k"] else packed.PackedLinear)
+    monkeypatch.setattr(packed, "one_token", lambda *args: calls.append(1) or one_token(*args))
     assert written() == plain and len(set(plain)) > 1
+    assert len(calls) > 20  # The others read a prompt, or the newest half of a full context.
 
 
 def test_an_output_layer_that_float16_cannot_hold_is_packed_whole():

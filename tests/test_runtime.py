@@ -8,11 +8,14 @@ import lib
 import train
 from lib import runtime
 from lib.settings import UserError
-from model import GPTConfig
+from model import GPT, GPTConfig
 
 import pytest
 import torch
 from conftest import ROOT, refusal
+from torch._dynamo.utils import counters
+
+TINY = dict(block_size=8, vocab_size=40, n_layer=2, n_head=2, n_embd=16)
 
 
 def pretend(monkeypatch, cuda=None, mps=False):
@@ -187,3 +190,33 @@ def test_openmp_s_variable_is_the_user_s_where_it_is_set():
         command, cwd=ROOT, env=os.environ | {"OMP_WAIT_POLICY": "active"}, capture_output=True, text=True
     )
     assert done.stdout == "active\n"
+
+
+# ---- compiling ----
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_trial_compiles_what_the_first_step_needs(monkeypatch, dtype):
+    compile_it = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda f, dynamic, options=None: compile_it(f, dynamic=dynamic, backend="aot_eager")
+    )
+    torch._dynamo.reset()
+    model, rt = GPT(GPTConfig(**TINY)).train(), runtime.choose("cpu", dtype, True, training=True)
+    runtime.compile_parts(model, rt, 2, 8)
+    graphs = counters["stats"]["unique_graphs"]
+    x = torch.randint(TINY["vocab_size"], (2, 8))
+    with rt.autocast():
+        loss = model(x, x)[1]
+    loss.backward()
+    assert graphs > 0 and counters["stats"]["unique_graphs"] == graphs
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_runs_of_the_same_bits_tune_nothing(monkeypatch, deterministic):
+    """What is found to be the fastest may differ from run to run."""
+    given = []
+    monkeypatch.setattr(torch, "compile", lambda f, **how: given.append(how.get("options")) or f)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
+    GPT(GPTConfig(**TINY)).compile_parts()
+    assert given[0] == {"coordinate_descent_tuning": not deterministic}
