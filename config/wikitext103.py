@@ -8,7 +8,7 @@
 # An epoch is 117.9 M tokens and an end-of-text for each page: about 115,200 blocks of 1,024, which is 900 steps.
 # 10 epochs are 9,000 steps and 1.18 billion tokens, half as many as config/wikitext103_adamw.py takes. A token takes
 # 0.855 GFLOP, all of them 1.0e18 FLOP. By arithmetic that is 2.2 hours at 40 % of an A100's dense bfloat16 peak of
-# 312 TFLOP/s. At the rate that some steps of it had on an H200, 551,000 tokens/s, it is 0.6 hours.
+# 312 TFLOP/s. At the rate that steps of a model of this shape had on an H200, 551,000 tokens/s, it is 0.6 hours.
 #
 # The text is small for the model, a token for each parameter, and is read ten times. best.pt is the checkpoint to
 # report. Of the models of 1.8 M parameters in records/2026-11-26-dropout-decay, with as many tokens for each, those
@@ -27,10 +27,10 @@ auto_batch_size = True
 batch_size = 8
 gradient_accumulation_steps = 16
 
-# The measurements in records/ are of 1.8 M to 10.7 M parameters. Those at this size are still to be made. There Muon
-# needed 0.39 of the steps to be level with AdamW. Its best rate was two to eight times AdamW's, which is 6e-4 here, and
-# did not fall with the width. This is the middle of that range, 1.2e-3 to 4.8e-3. A momentum of 0.9 was better there,
-# but the default, 0.95, is for long runs such as this one.
+# The measurements in records/ are of models of up to 10.7 M parameters. Those at this size are still to be made. There
+# Muon needed 0.4 of the steps to be level with AdamW. Its best rate was two to eight times AdamW's, which is 6e-4 here,
+# and had no clear fall with the width. This is in the middle, since long runs as a rule want lower rates. A momentum
+# of 0.9 was better there, but the default, 0.95, is for long runs such as this one.
 optimizer = "muon"
 learning_rate = 2.4e-3
 weight_decay = 0.2
