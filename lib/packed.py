@@ -13,6 +13,12 @@ def pad(x, rows):
     return F.pad(x, (0, 0, 0, rows - len(x))) if len(x) < rows else x
 
 
+def scaled(x):
+    """(x / scale, scale): inputs of at most 1 in size, of which fits_half() speaks, and the factor of the outputs."""
+    scale = x.abs().amax().clamp(min=1e-30)
+    return x / scale, scale
+
+
 def fits_half(weight):
     """Whether products of a weight (V, C) with inputs of at most 1 in size are within float16, which ends at 65,504."""
     return weight.norm(p=1, dim=1).amax() < 65504
@@ -48,8 +54,8 @@ class PackedLinear(nn.Module):
     def product(self, x, then="none", other=None):
         """The outputs of rows x (n, C). `then` is what follows at once: none, gelu, or add, which adds `other`."""
         if self.half is not None and len(x) == 1:
-            scale = x.abs().amax().clamp(min=1e-30)  # of inputs of at most 1
-            y = F.linear((x / scale).half(), self.half).float() * scale
+            x, scale = scaled(x)
+            y = F.linear(x.half(), self.half).float() * scale
             y = y if self.bias is None else y + self.bias
             return F.gelu(y, approximate="tanh") if then == "gelu" else y + other if then == "add" else y
         if then == "add":
@@ -75,8 +81,7 @@ class LikelyLinear(nn.Module):
 
     def forward(self, x):
         """x (1, C) -> (1, V)."""
-        scale = x.abs().amax().clamp(min=1e-30)
-        y = x / scale
+        y, scale = scaled(x)
         rounded = y.half()
         logits = F.linear(rounded, self.half).float()[0]  # (V,), rounded to 2^-11 of each
         off = y.norm() * self.lost + (y - rounded).norm() * self.size + 2**-11 * logits.abs()

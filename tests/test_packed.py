@@ -106,7 +106,7 @@ def test_the_likeliest_logits_are_exact_and_the_others_lie_below_them(kind, top,
     exact = (x.double() @ weight.double().T)[0]
     logits = packed.LikelyLinear(weight, top)(x)[0]
     wanted = exact.topk(min(top, 1000))
-    error = 1e-6 * x.norm() * weight.norm(dim=1).amax()  # what float32 has
+    error = 1e-6 * x.norm() * weight.norm(dim=1).amax()  # Float32 has no more digits.
     assert (logits.topk(min(top, 1000)).values - wanted.values).abs().max() <= error
     # Each id that is taken has the logit that it should have.
     ids = logits.topk(min(top, 1000)).indices
