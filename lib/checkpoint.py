@@ -341,6 +341,7 @@ def open_model(source):
     """
     first, *others = names_in(source)
     mean = open_one(first)
+    datasets = {mean.dataset}
     for count, name in enumerate(others, start=2):
         other = open_one(name)
         # Only the dataset tells the tokenizer of nanoGPT's checkpoints.
@@ -351,10 +352,11 @@ def open_model(source):
             for p, q in zip(mean.model.parameters(), other.model.parameters(), strict=True):
                 p.lerp_(q, 1 / count)
         mean.iter_num = max(mean.iter_num, other.iter_num)
-        known = {mean.dataset, other.dataset} - {""}
-        mean.dataset = known.pop() if len(known) == 1 else ""
+        datasets.add(other.dataset)
     if others:
         mean.name, mean.path = f"the mean of {', '.join([first, *others])}", None
+        known = datasets - {""}
+        mean.dataset = known.pop() if len(known) == 1 else ""
     return mean
 
 

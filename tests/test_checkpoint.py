@@ -243,7 +243,7 @@ def test_a_mean_is_of_the_dataset_of_those_that_name_one(tmp_path, model):
     for name, dataset in (("a", "mine"), ("b", "mine"), ("c", "yours"), ("none", "")):
         rest = {"config": {"dataset": dataset}, "tokenizer": CHARS}
         checkpoint.save(tmp_path / f"{name}.pt", checkpoint.weights(model) | rest)
-    for names, dataset in (("ab", "mine"), ("ac", ""), (("none", "a"), "mine"), (("a", "none"), "mine")):
+    for names, dataset in (("ab", "mine"), ("ac", ""), (("none", "a"), "mine"), (("a", "none"), "mine"), ("aca", "")):
         assert checkpoint.open_model(",".join(f"{tmp_path}/{n}.pt" for n in names)).dataset == dataset
 
 
