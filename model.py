@@ -316,10 +316,10 @@ class GPT(nn.Module):
         half, which is read again. use_cache=False reads the whole context at every step, which gives the same ids
         slowly. Raises ValueError where a logit is not finite.
         """
-        c = self.config
+        c, dtype = self.config, compute_dtype(self.transformer.wte.weight)
         context, done = idx[:, -c.block_size :], torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
         shape = (c.n_layer, 2, len(idx), c.n_head, c.block_size, c.n_embd // c.n_head)
-        cache = torch.zeros(shape, dtype=compute_dtype(self.lm_head.weight), device=idx.device) if use_cache else None
+        cache = torch.zeros(shape, dtype=dtype, device=idx.device) if use_cache else None
         past, how = 0, (eot, vocab_size, temperature, top_k, top_p, generator)
         for _ in range(max_new_tokens):
             if context.size(1) > c.block_size:
@@ -344,7 +344,7 @@ class GPT(nn.Module):
         if eot >= 0:
             drawn = torch.where(done, eot, drawn)
             done |= drawn == eot
-        return drawn, torch.stack([logits.isfinite().all(), done.all()])
+        return drawn, torch.stack([logits.sum().isfinite(), done.all()])
 
     def optim_groups(self, weight_decay, muon=False):
         """Parameter groups in nanoGPT's order: matrices, which decay, then biases and norms, which do not.
@@ -373,11 +373,11 @@ def draw(logits, temperature, top_k, top_p, generator=None):
     """Ids (B,) drawn from logits (B, V), as GPT.generate describes it."""
     if temperature < 1e-6:  # Below that no other id has a probability in float32.
         return logits.argmax(dim=-1)
-    # The largest logit becomes 0, which no temperature can make overflow.
-    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
     V, ids = logits.size(-1), None
     if 0 < top_k < V or top_p < 1:
         logits, ids = logits.topk(min(top_k or V, V), dim=-1)  # (B, k) both, the likeliest first
+    # The largest logit becomes 0, which no temperature can make overflow.
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature
     if top_p < 1:
         probs = logits.softmax(dim=-1)
         # An id is dropped if those before it have top_p together already. The likeliest always stays.

@@ -96,12 +96,12 @@ def main():
     if s.interactive and s.start:
         raise UserError("start and interactive exclude each other; drop one")
     text = "" if s.interactive else read_prompt(s.start)
-    rt = runtime.choose(s.device, s.dtype, compile=False, rounds_weights=torch.backends.mkldnn.is_available())
+    rt = runtime.choose(s.device, s.dtype, compile=False, rounds_weights=packed.available(rounds=True))
     opened = checkpoint.open_run(s.out_dir, s.init_from)
     tok = tokenizer.load(tokenizer.spec_of_model(opened))
     model = opened.model.to(rt.device).eval()
     c = model.config
-    packs = rt.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    packs = rt.device.type == "cpu" and packed.available(rounds=rt.dtype != torch.float32)
     width = 4 if packs else rt.dtype.itemsize  # bytes of a key's or a value's number; a packed model keeps float32
     if 2 * c.n_layer * c.n_embd * c.block_size * width * s.num_samples > rt.memory() > 0:
         raise UserError(f"num_samples={s.num_samples:,} at once do not fit in memory; take a smaller --num_samples")

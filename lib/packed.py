@@ -3,9 +3,18 @@
 Between the products lie as few operations as can be, since each of them finds its data gone from the caches.
 """
 
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+
+def available(rounds=False):
+    """Whether torch has what pack() needs on this processor: oneDNN, and FBGEMM where weights are rounded."""
+    engines = torch.backends.quantized.supported_engines
+    return torch.backends.mkldnn.is_available() and (not rounds or "fbgemm" in engines)
 
 
 def pad(x, rows):
@@ -13,54 +22,46 @@ def pad(x, rows):
     return F.pad(x, (0, 0, 0, rows - len(x))) if len(x) < rows else x
 
 
-def scaled(x):
-    """(x / scale, scale): inputs of at most 1 in size, of which fits_half() speaks, and the factor of the outputs."""
-    scale = x.abs().amax().clamp(min=1e-30)
-    return x / scale, scale
-
-
 def fits_half(weight):
-    """Whether products of a weight (V, C) with inputs of at most 1 in size are within float16, which ends at 65,504."""
-    return weight.norm(p=1, dim=1).amax() < 65504
+    """Whether float16 keeps three digits of a weight. It ends at 65,504, and its steps are 2^-24 where it is finest."""
+    low, high = weight.aminmax()
+    return bool(max(-low, high) < 65504 and weight.norm() > 2**-15 * weight.numel() ** 0.5)
 
 
 class PackedLinear(nn.Module):
-    """A float32 linear layer without gradients. Its weight is stored in the order in which oneDNN reads it.
+    """A float32 linear layer without gradients. Its weight is stored in the order in which a product reads it.
 
-    A few rows then take half the time, since the weight is read at the full speed of the memory. For a single row there
-    can be half as much to read: the weight rounded to float16, with `rounds`.
+    A few rows then take half the time, since the weight is read at the full speed of the memory. `half` rounds it to
+    float16, which is half as much to read. Inputs, sums and outputs stay float32.
     """
 
-    def __init__(self, linear, rows, rounds=False):
+    def __init__(self, linear, rows, half=False):
         super().__init__()
-        weight = linear.weight.detach()
-        # With AVX-512 oneDNN reads the weight for six rows a fifth faster than for one. With AVX2 it is slower.
-        self.least = 6 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 1
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, max(rows, self.least))
-        half = weight.half() if rounds and fits_half(weight) else None
-        # float16 holds numbers down to 2^-24. A weight of smaller ones stays as it is.
-        self.half = half if half is not None and (half - weight).norm() < 1e-3 * weight.norm() else None
-        self.bias = None if linear.bias is None else linear.bias.detach()
-
-    def rows_for(self, n):
-        """The number of rows that a product with n rows should have."""
-        return 1 if n == 1 and self.half is not None else max(n, self.least)
+        weight, self.bias = linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
+        self.half, self.least = half, 1
+        if half:
+            self.packed = torch.ops.quantized.linear_prepack_fp16(weight, self.bias)
+        else:
+            # With AVX-512 oneDNN reads the weight for six rows a fifth faster than for one. With AVX2 it is slower.
+            self.least = 6 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 1
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, max(rows, self.least))
 
     def forward(self, x):
         rows = x.flatten(0, -2)  # (n, C)
-        y = self.product(pad(rows, self.rows_for(len(rows))))
+        y = self.product(pad(rows, self.least))
         return y[: len(rows)].unflatten(0, x.shape[:-1])
 
     def product(self, x, then="none", other=None):
-        """The outputs of rows x (n, C). `then` is what follows at once: none, gelu, or add, which adds `other`."""
-        if self.half is not None and len(x) == 1:
-            x, scale = scaled(x)
-            y = F.linear(x.half(), self.half).float() * scale
-            y = y if self.bias is None else y + self.bias
+        """The outputs of rows x (n, C), of at least `least` rows for the full speed.
+
+        `then` is what follows at once: none, gelu, or add, which adds `other`.
+        """
+        if self.half:
+            y = torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
             return F.gelu(y, approximate="tanh") if then == "gelu" else y + other if then == "add" else y
         if then == "add":
-            return torch.ops.mkldnn._linear_pointwise.binary(x, other, self.weight, self.bias, "add")
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, then, [], "tanh")
+            return torch.ops.mkldnn._linear_pointwise.binary(x, other, self.packed, self.bias, "add")
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, then, [], "tanh")
 
 
 class LikelyLinear(nn.Module):
@@ -79,53 +80,83 @@ class LikelyLinear(nn.Module):
         lost = [(w - h).norm(dim=1) for w, h in zip(weight.split(1024), self.half.split(1024), strict=True)]
         self.lost = torch.cat(lost) + 2**-13 * self.size + 2**-24
 
+    @staticmethod
+    def fits(weight):
+        """Whether no product with inputs of at most 1 in size is beyond float16."""
+        return weight.norm(p=1, dim=1).amax() < 65504
+
     def forward(self, x):
         """x (1, C) -> (1, V)."""
-        y, scale = scaled(x)
+        scale = max(x.abs().amax().item(), 1e-30)
+        y = x / scale
         rounded = y.half()
         logits = F.linear(rounded, self.half).float()[0]  # (V,), rounded to 2^-11 of each
         off = y.norm() * self.lost + (y - rounded).norm() * self.size + 2**-11 * logits.abs()
-        near = (logits + off >= (logits - off).topk(self.top).values[-1]).nonzero()[:, 0]
-        logits[near] = self.weight[near] @ y[0]
+        # At least `top` ids have a logit of `least` or more. The largest of each eight are fewer to sort than all are.
+        fold = min(8, len(logits) // self.top)
+        lowest = F.pad(logits - off, (0, -len(logits) % fold), value=-torch.inf)
+        least = lowest.view(fold, -1).amax(dim=0).topk(self.top).values[-1]
+        near = (logits + off >= least).nonzero()[:, 0]
+        logits[near] = self.weight.index_select(0, near) @ y[0]
         return logits[None] * scale
 
 
-def one_token(model, cache, ids, past):
-    """GPT.hidden for a single position after `past` others: ids (B, 1) -> (B, 1, C)."""
+def steps(block):
+    """What a token goes through in a packed block, in order. The functions are looked up once, not for each token."""
+    norms = [
+        partial(torch.layer_norm, normalized_shape=ln.normalized_shape, weight=ln.weight, bias=ln.bias, eps=ln.eps)
+        for ln in (block.ln_1, block.ln_2)
+    ]
+    attn, mlp = block.attn, block.mlp
+    return norms[0], attn.c_attn.product, attn.c_proj.product, norms[1], mlp.c_fc.product, mlp.c_proj.product
+
+
+def one_token(model, blocks, cache, ids, past):
+    """GPT.hidden for a single position after `past` others: ids (B, 1) -> (B, 1, C). `blocks` has the steps of each."""
     t, B = model.transformer, len(ids)
-    x = pad(t.wte(ids[:, 0]) + t.wpe.weight[past], t.h[0].attn.c_attn.rows_for(B))  # (rows, C)
+    x = pad(t.wte(ids[:, 0]) + t.wpe.weight[past], t.h[0].attn.c_attn.least)  # (rows, C)
     y = torch.zeros_like(x)
-    for block, (keys, values) in zip(t.h, cache, strict=True):  # (B, nh, block_size, hs) each
-        attn, mlp = block.attn, block.mlp
-        q, k, v = attn.c_attn.product(block.ln_1(x))[:B].view(B, 3, attn.n_head, -1).unbind(1)  # (B, nh, hs) each
-        keys[:, :, past], values[:, :, past] = k, v
-        seen = (z.narrow(2, 0, past + 1) for z in (keys, values))
-        y[:B] = F.scaled_dot_product_attention(q[:, :, None], *seen).flatten(1)
-        x = attn.c_proj.product(y, "add", x)
-        x = mlp.c_proj.product(mlp.c_fc.product(block.ln_2(x), "gelu"), "add", x)
+    out = y[:B].view(B, cache.size(3), 1, -1)  # (B, nh, 1, hs)
+    C, hs = x.size(1), out.size(3)
+    # For each block the place of this position (2, B, nh, 1, hs), and what it sees (B, nh, past + 1, hs).
+    places = cache.narrow(4, past, 1).unbind()
+    keys, values = (z.unbind() for z in cache.narrow(4, 0, past + 1).unbind(1))
+    for i, (ln_1, c_attn, attn_proj, ln_2, c_fc, mlp_proj) in enumerate(blocks):
+        qkv = c_attn(ln_1(x))  # (rows, 3C), taken apart in as few operations as can be
+        places[i].copy_(qkv.as_strided((2, *out.shape), (C, 3 * C, hs, hs, 1), C))
+        q = qkv.as_strided(out.shape, (3 * C, hs, hs, 1))
+        out.copy_(F.scaled_dot_product_attention(q, keys[i], values[i]))
+        x = attn_proj(y, "add", x)
+        x = mlp_proj(c_fc(ln_2(x), "gelu"), "add", x)
     return t.ln_f(x[:B])[:, None]
 
 
 def pack(model, samples, rounds=False, top=0, vocab_size=0):
-    """Make a float32 model fast at writing `samples` at once, on a CPU with oneDNN. It can only generate afterwards.
+    """Make a float32 model fast at writing `samples` at once, where it is available(). It can only generate afterwards.
 
-    rounds: whether the weights are rounded to float16 for a single sample. top: how many of the likeliest ids are drawn
-    from, among the first `vocab_size`; 0 is all of them.
+    rounds: whether the weights are rounded to float16. top: how many of the likeliest ids are drawn from, among the
+    first `vocab_size`; 0 is all of them.
     """
-    for block in model.transformer.h:
-        for part in (block.attn, block.mlp):
-            for name, linear in list(part.named_children()):
-                if isinstance(linear, nn.Linear):
-                    setattr(part, name, PackedLinear(linear, samples, rounds))
     weight = model.lm_head.weight.detach()
     # Rows that are read twice cost more than those of a product. At a twentieth of them nothing is gained.
-    if samples == 1 and 0 < 20 * top < len(weight) and not rounds and fits_half(weight):
+    if samples == 1 and 0 < 20 * top < len(weight) and not rounds and LikelyLinear.fits(weight):
         model.lm_head = LikelyLinear(weight[: vocab_size or None], top)
-    else:
-        model.lm_head = PackedLinear(model.lm_head, samples, rounds)
-    hidden = model.hidden
+    places = [
+        (part, name, rounds and fits_half(layer.weight))
+        for part in model.modules()
+        for name, layer in part.named_children()
+        if isinstance(layer, nn.Linear)
+    ]
+
+    def exchange(part, name, half):  # A weight that has been packed is free.
+        setattr(part, name, PackedLinear(getattr(part, name), samples, half))
+
+    # FBGEMM packs a layer in a single thread. The first layer is the output layer, which is the largest.
+    with ThreadPoolExecutor(torch.get_num_threads() if rounds else 1) as pool:
+        list(pool.map(exchange, *zip(*places, strict=True)))
+    hidden, blocks = model.hidden, [steps(block) for block in model.transformer.h]
 
     def hidden_at(idx, cache=None, past=0):
-        return one_token(model, cache, idx, past) if past and idx.size(1) == 1 else hidden(idx, cache, past)
+        return one_token(model, blocks, cache, idx, past) if past and idx.size(1) == 1 else hidden(idx, cache, past)
 
     model.hidden = hidden_at
