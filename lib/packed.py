@@ -91,10 +91,11 @@ class LikelyLinear(nn.Module):
         y = x / scale
         rounded = y.half()
         logits = F.linear(rounded, self.half).float()[0]  # (V,), rounded to 2^-11 of each
-        off = y.norm() * self.lost + (y - rounded).norm() * self.size + 2**-11 * logits.abs()
+        off = y.norm() * self.lost
+        off.add_((y - rounded).norm() * self.size).add_(logits.abs(), alpha=2**-11)
         # At least `top` ids have a logit of `least` or more. The largest of each eight are fewer to sort than all are.
         fold = min(8, len(logits) // self.top)
-        lowest = F.pad(logits - off, (0, -len(logits) % fold), value=-torch.inf)
+        lowest = (logits - off)[: len(logits) // fold * fold]
         least = lowest.view(fold, -1).amax(dim=0).topk(self.top).values[-1]
         near = (logits + off >= least).nonzero()[:, 0]
         logits[near] = self.weight.index_select(0, near) @ y[0]
