@@ -152,9 +152,9 @@ def pack(model, samples, rounds=False, top=0, vocab_size=0):
     def exchange(part, name, half):  # A weight that has been packed is free.
         setattr(part, name, PackedLinear(getattr(part, name), samples, half))
 
-    # FBGEMM packs a layer in a single thread. The first layer is the output layer, which is the largest.
-    with ThreadPoolExecutor(torch.get_num_threads() if rounds else 1) as pool:
-        list(pool.map(exchange, *zip(*places, strict=True)))
+    # oneDNN packs a layer with all threads, FBGEMM with one. The first layer is the output layer, which is the largest.
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        list((pool.map if rounds else map)(exchange, *zip(*places, strict=True)))
     hidden, blocks = model.hidden, [steps(block) for block in model.transformer.h]
 
     def hidden_at(idx, cache=None, past=0):
