@@ -140,13 +140,12 @@ def pack(model, samples, rounds=False, top=0, vocab_size=0):
     """
     weight = model.lm_head.weight.detach()
     # Rows that are read twice cost more than those of a product. At a twentieth of them nothing is gained.
-    if samples == 1 and 0 < 20 * top < len(weight) and not rounds and LikelyLinear.fits(weight):
-        model.lm_head = LikelyLinear(weight[: vocab_size or None], top)
+    likely = samples == 1 and 0 < 20 * top < len(weight) and not rounds and LikelyLinear.fits(weight)
     places = [
         (part, name, rounds and fits_half(layer.weight))
         for part in model.modules()
         for name, layer in part.named_children()
-        if isinstance(layer, nn.Linear)
+        if isinstance(layer, nn.Linear) and not (likely and layer is model.lm_head)
     ]
 
     def exchange(part, name, half):  # A weight that has been packed is free.
@@ -155,6 +154,8 @@ def pack(model, samples, rounds=False, top=0, vocab_size=0):
     # oneDNN packs a layer with all threads, FBGEMM with one. The first layer is the output layer, which is the largest.
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         list((pool.map if rounds else map)(exchange, *zip(*places, strict=True)))
+    if likely:  # The blocks' weights have left the memory for it.
+        model.lm_head = LikelyLinear(weight[: vocab_size or None], top)
     hidden, blocks = model.hidden, [steps(block) for block in model.transformer.h]
 
     def hidden_at(idx, cache=None, past=0):
