@@ -344,7 +344,7 @@ class GPT(nn.Module):
         if eot >= 0:
             drawn = torch.where(done, eot, drawn)
             done |= drawn == eot
-        return drawn, torch.stack([logits.sum().isfinite(), done.all()])
+        return drawn, torch.stack([logits.sum().isfinite(), done.all()])  # A sum is a single pass over them.
 
     def optim_groups(self, weight_decay, muon=False):
         """Parameter groups in nanoGPT's order: matrices, which decay, then biases and norms, which do not.

@@ -5,7 +5,7 @@
     python sample.py --start=FILE:prompt.txt --temperature=0      greedy
     echo "def main" | python sample.py --start=-
     python sample.py --interactive=True                           each line typed is a prompt, until Ctrl-D
-    python sample.py --dtype=float16                              rounded weights: a sample is faster on a CPU
+    python sample.py --dtype=float16                              rounded weights, which are faster on a CPU
 
 The text goes to standard output. What the program says of itself goes to standard error.
 """
@@ -38,7 +38,7 @@ class Settings:
     seed: int = 1337  # seed of the draws; the same seed writes the same text
     # machine
     device: str = "auto"  # auto, cuda, cuda:1, mps, cpu
-    # On a CPU both of the 16-bit kinds mean weights in float16.
+    # On an x86 CPU both of the 16-bit kinds mean weights in float16, and all else in float32.
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto, float32, bfloat16, float16
 
 

@@ -1,4 +1,4 @@
-"""One token at a time on a CPU. Reading the weights takes the time there, so they are read fast, or fewer bytes are.
+"""One token at a time on a CPU. Reading the weights takes the time there. So they are read fast, or they are rounded.
 
 Between the products lie as few operations as can be, since each of them finds its data gone from the caches.
 """
@@ -13,8 +13,7 @@ from torch.nn import functional as F
 
 def available(rounds=False):
     """Whether torch has what pack() needs on this processor: oneDNN, and FBGEMM where weights are rounded."""
-    engines = torch.backends.quantized.supported_engines
-    return torch.backends.mkldnn.is_available() and (not rounds or "fbgemm" in engines)
+    return torch.backends.mkldnn.is_available() and (not rounds or torch.backends.quantized.engine in ("x86", "fbgemm"))
 
 
 def pad(x, rows):
@@ -23,7 +22,7 @@ def pad(x, rows):
 
 
 def fits_half(weight):
-    """Whether float16 keeps three digits of a weight. It ends at 65,504, and its steps are 2^-24 where it is finest."""
+    """Whether float16 keeps three digits of a weight as a whole. It ends at 65,504, and its steps are 2^-24 or more."""
     low, high = weight.aminmax()
     return bool(max(-low, high) < 65504 and weight.norm() > 2**-15 * weight.numel() ** 0.5)
 
@@ -31,15 +30,15 @@ def fits_half(weight):
 class PackedLinear(nn.Module):
     """A float32 linear layer without gradients. Its weight is stored in the order in which a product reads it.
 
-    A few rows then take half the time, since the weight is read at the full speed of the memory. `half` rounds it to
+    A few rows then take half the time, since the weight is read at the full speed of the memory. `rounds` makes it
     float16, which is half as much to read. Inputs, sums and outputs stay float32.
     """
 
-    def __init__(self, linear, rows, half=False):
+    def __init__(self, linear, rows, rounds=False):
         super().__init__()
         weight, self.bias = linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
-        self.half, self.least = half, 1
-        if half:
+        self.rounds, self.least = rounds, 1
+        if rounds:
             self.packed = torch.ops.quantized.linear_prepack_fp16(weight, self.bias)
         else:
             # With AVX-512 oneDNN reads the weight for six rows a fifth faster than for one. With AVX2 it is slower.
@@ -56,7 +55,7 @@ class PackedLinear(nn.Module):
 
         `then` is what follows at once: none, gelu, or add, which adds `other`.
         """
-        if self.half:
+        if self.rounds:
             y = torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
             return F.gelu(y, approximate="tanh") if then == "gelu" else y + other if then == "add" else y
         if then == "add":
@@ -90,20 +89,21 @@ class LikelyLinear(nn.Module):
         scale = max(x.abs().amax().item(), 1e-30)
         y = x / scale
         rounded = y.half()
-        logits = F.linear(rounded, self.half).float()[0]  # (V,), rounded to 2^-11 of each
+        logits = F.linear(rounded, self.half).float()[0]  # (V,), each off by 2^-11 of it at most
         off = y.norm() * self.lost
         off.add_((y - rounded).norm() * self.size).add_(logits.abs(), alpha=2**-11)
-        # At least `top` ids have a logit of `least` or more. The largest of each eight are fewer to sort than all are.
+        # At least `top` ids have a logit of `bound` or more. Of each group of some eight ids the largest one is looked
+        # at, so that fewer are sorted. Ids that are passed over could only raise the bound.
         fold = min(8, len(logits) // self.top)
         lowest = (logits - off)[: len(logits) // fold * fold]
-        least = lowest.view(fold, -1).amax(dim=0).topk(self.top).values[-1]
-        near = (logits + off >= least).nonzero()[:, 0]
+        bound = lowest.view(fold, -1).amax(dim=0).topk(self.top).values[-1]
+        near = (logits + off >= bound).nonzero()[:, 0]
         logits[near] = self.weight.index_select(0, near) @ y[0]
         return logits[None] * scale
 
 
 def steps(block):
-    """What a token goes through in a packed block, in order. The functions are looked up once, not for each token."""
+    """The norms and the products of a packed block, in order. They are looked up once, and not for each token."""
     norms = [
         partial(torch.layer_norm, normalized_shape=ln.normalized_shape, weight=ln.weight, bias=ln.bias, eps=ln.eps)
         for ln in (block.ln_1, block.ln_2)
@@ -117,13 +117,13 @@ def one_token(model, blocks, cache, ids, past):
     t, B = model.transformer, len(ids)
     x = pad(t.wte(ids[:, 0]) + t.wpe.weight[past], t.h[0].attn.c_attn.least)  # (rows, C)
     y = torch.zeros_like(x)
-    out = y[:B].view(B, cache.size(3), 1, -1)  # (B, nh, 1, hs)
+    out = y[:B].view(B, cache.size(3), 1, -1)  # (B, nh, 1, hs): y by heads, in the same memory
     C, hs = x.size(1), out.size(3)
     # For each block the place of this position (2, B, nh, 1, hs), and what it sees (B, nh, past + 1, hs).
     places = cache.narrow(4, past, 1).unbind()
     keys, values = (z.unbind() for z in cache.narrow(4, 0, past + 1).unbind(1))
     for i, (ln_1, c_attn, attn_proj, ln_2, c_fc, mlp_proj) in enumerate(blocks):
-        qkv = c_attn(ln_1(x))  # (rows, 3C), taken apart in as few operations as can be
+        qkv = c_attn(ln_1(x))  # (rows, 3C). It is contiguous, and views by strides are the fewest operations.
         places[i].copy_(qkv.as_strided((2, *out.shape), (C, 3 * C, hs, hs, 1), C))
         q = qkv.as_strided(out.shape, (3 * C, hs, hs, 1))
         out.copy_(F.scaled_dot_product_attention(q, keys[i], values[i]))
@@ -133,13 +133,13 @@ def one_token(model, blocks, cache, ids, past):
 
 
 def pack(model, samples, rounds=False, top=0, vocab_size=0):
-    """Make a float32 model fast at writing `samples` at once, where it is available(). It can only generate afterwards.
+    """Make a float32 model fast at writing `samples` at once. It can only generate afterwards. Needs available(rounds).
 
     rounds: whether the weights are rounded to float16. top: how many of the likeliest ids are drawn from, among the
     first `vocab_size`; 0 is all of them.
     """
     weight = model.lm_head.weight.detach()
-    # Rows that are read twice cost more than those of a product. At a twentieth of them nothing is gained.
+    # Rows that are read twice cost more than those of a product. With a twentieth of the ids nothing is gained.
     likely = samples == 1 and 0 < 20 * top < len(weight) and not rounds and LikelyLinear.fits(weight)
     places = [
         (part, name, rounds and fits_half(layer.weight))
@@ -148,10 +148,10 @@ def pack(model, samples, rounds=False, top=0, vocab_size=0):
         if isinstance(layer, nn.Linear) and not (likely and layer is model.lm_head)
     ]
 
-    def exchange(part, name, half):  # A weight that has been packed is free.
-        setattr(part, name, PackedLinear(getattr(part, name), samples, half))
+    def exchange(part, name, rounds):  # The layer's own weight is free then.
+        setattr(part, name, PackedLinear(getattr(part, name), samples, rounds))
 
-    # oneDNN packs a layer with all threads, FBGEMM with one. The first layer is the output layer, which is the largest.
+    # oneDNN packs a layer with all threads, FBGEMM with one. The largest layer, the output layer, is begun first.
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         list((pool.map if rounds else map)(exchange, *zip(*places, strict=True)))
     if likely:  # The blocks' weights have left the memory for it.

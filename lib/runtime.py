@@ -200,14 +200,16 @@ def choose(device="auto", dtype="auto", compile="auto", training=False, determin
 def keep_freed_memory():
     """Have the C library keep the memory that tensors leave. What it hands back is cleared page by page before reuse.
 
-    A step on a CPU would spend some percent of its time on that. Only GNU's library has these options.
+    A step on a CPU would spend some percent of its time on that. All threads share the memory, so that one takes what
+    another has left. Only GNU's library has these options.
     """
-    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of malloc.h
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
         # Older versions of the library take no more than 32 MiB for the first value, and answer 0.
         libc.mallopt(M_MMAP_THRESHOLD, 1 << 30) or libc.mallopt(M_MMAP_THRESHOLD, 1 << 25)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(M_ARENA_MAX, 1)
 
 
 def auto_dtype(device):

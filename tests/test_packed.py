@@ -1,6 +1,8 @@
 """packed.py: a model for one token at a time on a CPU gives what the plain model gives."""
 
+import threading
 import weakref
+from types import SimpleNamespace
 
 from lib import packed
 
@@ -9,7 +11,7 @@ import torch
 from conftest import random_model
 from torch import nn
 
-pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+pytestmark = pytest.mark.skipif(not packed.available(rounds=True), reason="this torch has no oneDNN or no FBGEMM")
 
 
 @pytest.fixture(autouse=True)
@@ -72,21 +74,23 @@ def test_float16_rounds_the_weights_and_nothing_else(rows):
             weight.copy_(weight.half())  # lm_head's is the embedding too, and the embedding is not rounded
     exact = model(idx)[0]
     packed.pack(model, rows, rounds=True)
-    assert all(layer.half for layer in model.modules() if isinstance(layer, packed.PackedLinear))
+    assert all(layer.rounds for layer in model.modules() if isinstance(layer, packed.PackedLinear))
     torch.testing.assert_close(model(idx)[0], exact, atol=1e-5, rtol=1e-5)
     model, unrounded = random_model(), random_model()
     packed.pack(model, rows, rounds=True)
     assert 1e-5 < relative(model(idx)[0], unrounded(idx)[0]) < 1e-3  # 2^-12 of a number at most
 
 
-@pytest.mark.parametrize(("factor", "rounds"), [(1, True), (1e7, False), (1e-7, False), (100, True), (0, False)])
+@pytest.mark.parametrize(
+    ("factor", "rounds"), [(1, True), (1e7, False), (-1e7, False), (1e-7, False), (100, True), (0, False)]
+)
 def test_a_weight_that_float16_cannot_hold_stays_as_it_is(factor, rounds):
     model = random_model()
     expected = model.transformer.h[0].mlp.c_fc
     expected.weight *= factor
     packed.pack(model, 1, rounds=True)
     layer = model.transformer.h[0].mlp.c_fc
-    assert layer.half == rounds
+    assert layer.rounds == rounds
     for size in (1e-6, 1.0, 1e6):  # activations beyond float16 too, and their products
         x = size * torch.randn(1, 1, expected.in_features, generator=torch.Generator().manual_seed(2))
         assert relative(layer(x), expected(x)) < (5e-4 if rounds else 1e-6)
@@ -106,6 +110,34 @@ def test_each_weight_is_freed_before_the_next_is_packed(monkeypatch):
     packed.pack(model, 1)
     n = len(weights)  # The output layer's, which is the first one, goes on as the embedding.
     assert alive == [n, *range(n, 1, -1)]
+
+
+@pytest.mark.parametrize("rounds", [False, True])
+def test_only_what_packs_in_a_single_thread_is_packed_in_several(monkeypatch, rounds):
+    model, idx, threads = random_model(), prompts(1), set()
+    exact = model(idx)[0]
+
+    class Watched(packed.PackedLinear):
+        def __init__(self, *args):
+            threads.add(threading.current_thread() is threading.main_thread())
+            super().__init__(*args)
+
+    monkeypatch.setattr(packed, "PackedLinear", Watched)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    packed.pack(model, 1, rounds)
+    assert threads == {not rounds}
+    assert relative(model(idx)[0], exact) < (1e-3 if rounds else 1e-6)
+
+
+def test_what_is_packed_depends_on_what_torch_has(monkeypatch):
+    for oneDNN, engine, wanted in (
+        (True, "x86", (True, True)),
+        (True, "qnnpack", (True, False)),
+        (False, "x86", (False, False)),
+    ):
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda oneDNN=oneDNN: oneDNN)
+        monkeypatch.setattr(torch.backends, "quantized", SimpleNamespace(engine=engine))
+        assert (packed.available(), packed.available(rounds=True)) == wanted
 
 
 # ---- the output layer of the likeliest ids ----

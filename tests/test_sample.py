@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import sample
-from lib import tokenizer
+from lib import packed, tokenizer
 
 import pytest
 import torch
@@ -407,7 +407,7 @@ def test_prompts_are_read_as_they_stand():
     assert "--start=FILE:" in refusal(sample.read_prompt, "FILE:")
 
 
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+@pytest.mark.skipif(not packed.available(rounds=True), reason="this torch has no oneDNN or no FBGEMM")
 def test_float16_on_a_cpu_is_for_sampling(run, script):
     save_run(random_model())
     written = {}
@@ -417,3 +417,13 @@ def test_float16_on_a_cpu_is_for_sampling(run, script):
     assert written["float16"] == written["bfloat16"] != ""
     status, _, err = script("eval", "--out_dir=out/a", "--dtype=float16", "--device=cpu")
     assert status == 2 and "dtype=float16 needs a CUDA GPU" in err
+
+
+def test_a_torch_without_fbgemm_refuses_float16_on_a_cpu(run, monkeypatch):
+    save_run(random_model())
+    monkeypatch.setattr(packed, "available", lambda rounds=False: not rounds)
+    status, _, err = run("--out_dir=out/a", "--dtype=float16", "--max_new_tokens=9")
+    assert status == 2 and "dtype=float16 needs a CUDA GPU, not cpu; use float32 or auto" in err
+    for dtype in ("float32", "bfloat16"):
+        status, text, err = run("--out_dir=out/a", f"--dtype={dtype}", "--max_new_tokens=9")
+        assert status == 0 and text and f"dtype {dtype}" in err, err
