@@ -101,12 +101,13 @@ def main():
     tok = tokenizer.load(tokenizer.spec_of_model(opened))
     model = opened.model.to(rt.device).eval()
     c = model.config
-    packs = rt.device.type == "cpu" and packed.available(rounds=rt.dtype != torch.float32)
+    rounds = rt.dtype != torch.float32
+    packs = rt.device.type == "cpu" and packed.available(rounds)
     width = 4 if packs else rt.dtype.itemsize  # bytes of a key's or a value's number; a packed model keeps float32
     if 2 * c.n_layer * c.n_embd * c.block_size * width * s.num_samples > rt.memory() > 0:
         raise UserError(f"num_samples={s.num_samples:,} at once do not fit in memory; take a smaller --num_samples")
     if packs:
-        packed.pack(model, s.num_samples, rt.dtype != torch.float32, s.top_k, tok.vocab_size)
+        packed.pack(model, s.num_samples, rounds, s.top_k, tok.vocab_size)
     if rt.device.type == "cuda":
         captured.capture(model, rt.dtype)
     prompt = [] if s.interactive else encode_prompt(text, tok)

@@ -89,7 +89,7 @@ class LikelyLinear(nn.Module):
         scale = max(x.abs().amax().item(), 1e-30)
         y = x / scale
         rounded = y.half()
-        logits = F.linear(rounded, self.half).float()[0]  # (V,), each off by 2^-11 of it at most
+        logits = F.linear(rounded, self.half).float()[0]  # (V,), which float16 rounds by 2^-11 of each at most
         off = y.norm() * self.lost
         off.add_((y - rounded).norm() * self.size).add_(logits.abs(), alpha=2**-11)
         # At least `top` ids have a logit of `bound` or more. Of each group of some eight ids the largest one is looked
@@ -141,19 +141,21 @@ def pack(model, samples, rounds=False, top=0, vocab_size=0):
     weight = model.lm_head.weight.detach()
     # Rows that are read twice cost more than those of a product. With a twentieth of the ids nothing is gained.
     likely = samples == 1 and 0 < 20 * top < len(weight) and not rounds and LikelyLinear.fits(weight)
-    places = [
+    linears = [
         (part, name, rounds and fits_half(layer.weight))
         for part in model.modules()
         for name, layer in part.named_children()
         if isinstance(layer, nn.Linear) and not (likely and layer is model.lm_head)
     ]
 
-    def exchange(part, name, rounds):  # The layer's own weight is free then.
-        setattr(part, name, PackedLinear(getattr(part, name), samples, rounds))
+    def exchange(linear):  # Its own weight is free then.
+        part, name, half = linear
+        setattr(part, name, PackedLinear(getattr(part, name), samples, half))
 
     # oneDNN packs a layer with all threads, FBGEMM with one. The largest layer, the output layer, is begun first.
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        list((pool.map if rounds else map)(exchange, *zip(*places, strict=True)))
+        each = pool.map if rounds else map
+        list(each(exchange, linears))
     if likely:  # The blocks' weights have left the memory for it.
         model.lm_head = LikelyLinear(weight[: vocab_size or None], top)
     hidden, blocks = model.hidden, [steps(block) for block in model.transformer.h]
