@@ -56,7 +56,7 @@ WEIGHTS = "--init_from=out/final.pt"  # the weights alone, as best.pt has them
 
 @dataclass
 class Settings:
-    jobs: tuple[str, ...] = ()  # what to measure, a,b; '' is all on a GPU, and prepare,train,eval,sample elsewhere
+    jobs: tuple[str, ...] = ()  # jobs to measure, as a,b; '' is all on a GPU, and prepare,train,eval,sample elsewhere
     peer: str = ""  # a folder with nanoGPT's sources, whose training is measured too; '' is none
     n_layer: int = 12  # blocks
     n_head: int = 12  # attention heads

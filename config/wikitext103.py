@@ -29,7 +29,7 @@ gradient_accumulation_steps = 16
 
 # The measurements in records/ are of models of up to 10.7 M parameters. Those at this size are still to be made. There
 # Muon needed 0.4 of the steps to be level with AdamW. Its best rate was two to eight times AdamW's, which is 6e-4 here,
-# and had no clear fall with the width. The rate is in the middle, since long runs as a rule want lower ones.
+# without a clear fall with the width. This rate is in the middle, since long runs as a rule want lower ones.
 # A momentum of 0.9 was better there, but the default, 0.95, is for long runs such as this one.
 optimizer = "muon"
 learning_rate = 2.4e-3

@@ -203,7 +203,7 @@ def keep_freed_memory():
     A step on a CPU would spend some percent of its time on that. All threads share the memory, so that one takes what
     another has left. Only GNU's library has these options.
     """
-    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of malloc.h
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # The numbers are those of malloc.h.
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
         # Older versions of the library take no more than 32 MiB for the first value, and answer 0.
