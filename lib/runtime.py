@@ -244,13 +244,18 @@ def least_memory(config, s, rt, batch_size):
     return 16 * config.num_params() + batch_size * s.block_size * (16 + activations * rt.dtype.itemsize)
 
 
+def between_blocks(rt, training):
+    """The precision of what goes from one block to the next, as GPT.hidden has it."""
+    return torch.bfloat16 if training and rt.dtype == torch.bfloat16 else torch.float32
+
+
 def expected_memory(config, s, rt):
     """The bytes that a training takes about, by arithmetic: of a GPU its tensors, of a CPU the whole process."""
     C, V, item = config.n_embd, config.vocab_size, rt.dtype.itemsize
     tokens = s.batch_size * s.block_size
     # For its backward pass a block keeps the inputs of its norms, products and activation function, and q, k and v.
     block = item * (9 * C + 2 * (config.n_inner or 4 * C))
-    between = 2 if rt.dtype == torch.bfloat16 else 4  # bytes of a number that goes from one block to the next
+    between = between_blocks(rt, training=True).itemsize
     blocks = between * C * config.n_layer + block if s.recompute else block * config.n_layer
     logits = min(tokens * V * item, 80e6 if rt.device.type == "cpu" else 1 << 31)
     head = logits + (4 + item) * V * C  # The output layer has a gradient in float32, and its weight a copy.
@@ -278,8 +283,8 @@ def compile_parts(model, rt, batch_size, block_size):
     if not rt.compile:
         return
     block, training = model.transformer.h[0], model.training
-    between = torch.bfloat16 if training and rt.dtype == torch.bfloat16 else torch.float32  # as GPT.hidden has it
-    h = torch.zeros(batch_size, block_size, model.config.n_embd, device=rt.device, dtype=between)
+    dtype = between_blocks(rt, training)
+    h = torch.zeros(batch_size, block_size, model.config.n_embd, device=rt.device, dtype=dtype)
     if rt.device.type == "cpu":
         # Inductor would test for seconds whether the compiler makes vector code. A compiler that fails is met below.
         torch._inductor.config.cpp.vec_isa_ok = True
