@@ -210,13 +210,6 @@ def agrees(file, found, wanted):
     return all(vocab.get(end) == i if text == end else text not in vocab and i >= len(vocab) for text, i in added)
 
 
-def byte_letters():
-    """The 256 characters that stand for bytes in GPT-2's vocabulary files. A printable byte stands for itself."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = iter(range(256, 512))
-    return [chr(b) if b in printable else chr(next(others)) for b in range(256)]
-
-
 def tokenizer_files(spec):
     """{name: text or JSON} of the files that transformers' AutoTokenizer reads, for the ids of a tokenizer's spec."""
     special, contents, merges, eot = [], {}, [], tokenizer.eot_of(spec)
@@ -225,7 +218,7 @@ def tokenizer_files(spec):
         vocab, merges = json.loads(vocab_json), merges_txt.splitlines()[1:]
         contents = {"vocab.json": vocab_json, "merges.txt": merges_txt}
     elif spec == "bytes":
-        vocab = {letter: byte for byte, letter in enumerate(byte_letters())} | {tokenizer.ENDOFTEXT: eot}
+        vocab = {letter: byte for byte, letter in enumerate(tokenizer.byte_letters())} | {tokenizer.ENDOFTEXT: eot}
     else:
         vocab = {char: i for i, char in enumerate(spec.removeprefix("char:"))}
     if eot >= 0:

