@@ -62,6 +62,7 @@ def stop():
     """A StopSignal of a single process. The handlers of before come back."""
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     handlers = {number: signal.getsignal(number) for number in numbers}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # The tests may be run under nohup, which ignores it.
     yield processes.StopSignal(runtime.choose("cpu"))
     for number, handler in handlers.items():
         signal.signal(number, handler)
