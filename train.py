@@ -59,11 +59,11 @@ class Settings:
     cooldown_frac: float = 0.4  # share of the steps, the last ones up to lr_decay_iters, in which wsd lowers the rate
     decay_lr: bool = True  # whether the rate decays; False is lr_schedule=constant
     warmup_iters: int = 2000  # steps of linear warm-up
-    lr_decay_iters: int = 0  # the step at which the rate reaches min_lr; 0 is the last one
+    lr_decay_iters: int = 0  # the step at which the rate reaches min_lr; 0 is the end of the run
     min_lr: float = 6e-5  # the lowest rate
     # evaluation, logs, checkpoints
     eval_interval: int = 2000  # steps between evaluations, each with a checkpoint; 0 is never
-    eval_iters: int = 0  # batches of the validation split in an evaluation, always the same ones; 0 is the whole split
+    eval_iters: int = 0  # steps' worth of the validation split in an evaluation, always the same; 0 is the whole split
     patience: int = 0  # evaluations in a row with no better loss after which the run ends; 0 is off
     eval_only: bool = False  # True evaluates once and writes nothing
     log_interval: int = 10  # steps between lines of the log
@@ -147,9 +147,11 @@ def evaluate(model, ids, s, rt, clock, stop=None):
     ids (n,). The result is None where one of the processes has received the StopSignal `stop` meanwhile.
     """
     windows = data.stream_windows(len(ids), s.block_size)
+    per_step = s.batch_size * s.gradient_accumulation_steps  # No split into micro-batches changes this.
+    parts = [windows[i : i + per_step] for i in range(0, len(windows), per_step)]
+    if 0 < s.eval_iters < len(parts):  # The parts that are taken are spread over the split.
+        windows = [w for i in range(s.eval_iters) for w in parts[i * len(parts) // s.eval_iters]]
     batches = [windows[i : i + s.batch_size] for i in range(0, len(windows), s.batch_size)]
-    if 0 < s.eval_iters < len(batches):  # The batches that are taken are spread over the split.
-        batches = [batches[i * len(batches) // s.eval_iters] for i in range(s.eval_iters)]
     total = torch.zeros(3, dtype=torch.float64)  # negative log-likelihood, tokens, stop signals
     model.eval()
     for i in range(rt.rank, len(batches), rt.world_size):
@@ -255,7 +257,7 @@ def train(s, writer):
     # ---- machine ----
     rt = runtime.choose(s.device, s.dtype, s.compile, training=True, deterministic=s.deterministic)
     sequences_per_step = s.batch_size * s.gradient_accumulation_steps
-    rt.share_of(s.gradient_accumulation_steps if not s.auto_batch_size else sequences_per_step)  # This may refuse them.
+    rt.check_share(s)
 
     # ---- data: it is opened before the processes meet, since one of them may prepare it for an hour ----
     prepare.ensure(s.dataset)
@@ -284,7 +286,7 @@ def train(s, writer):
         return 0
     model = make_model(s, start, dataset, rt)
     fit.choose_batch_size(model, s, start, rt)
-    accumulation = rt.share_of(s.gradient_accumulation_steps)  # this process's micro-batches in a step
+    accumulation = s.gradient_accumulation_steps // rt.world_size  # this process's micro-batches in a step
     flops = model.flops_per_token()
     rt.say(ahead.size(model, s, rt))
     clock = Clock(rt)
@@ -382,7 +384,7 @@ def train(s, writer):
 
     # ---- the end ----
     run.finish(interrupted=not ended)
-    del trained
+    del trained, micro_step
     processes.leave()  # The other processes do not wait for an upload.
     run.close()
     if not ended:

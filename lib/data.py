@@ -2,7 +2,7 @@
 
 data/NAME/{train,val,test}.bin hold token ids, little-endian uint16 (uint32 above 65,536 ids) and nothing else.
 meta.json beside them says which tokenizer made them and what each split holds. A document is preceded by one
-end-of-text, which no count and no reported figure includes. lib/prepare.py writes such folders.
+end-of-text, which no count of meta.json and no evaluation includes. lib/prepare.py writes such folders.
 """
 
 import codecs

@@ -17,7 +17,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 
 
-def beginning(s, rt, dataset, model):
+def beginning(s, rt, dataset, model, state):
     """What is known of a run when it begins, or when a command goes on with it: a dict for run.json."""
     versions = {name: version(name) for name in ("torch", "numpy", "tiktoken")} | {"python": platform.python_version()}
     return {
@@ -32,28 +32,32 @@ def beginning(s, rt, dataset, model):
             "tokens": len(dataset.tokens("train")),
         },
         "parameters": model.num_params(),
+        "first_step": state.step,  # that of the checkpoint from which a new run goes on
         "started": now(),
         "ended": None,
     }
 
 
-def started(path):
-    """When the run of a run.json began; now, where the file does not say."""
+def origin(path):
+    """When and at which step the run of a run.json began; now and at 0, where the file does not say."""
     with suppress(OSError, ValueError, RecursionError, LookupError, TypeError):
-        if isinstance(then := json.loads(path.read_text(encoding="utf-8"))["started"], str):
-            return then
-    return now()
+        then = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(then["started"], str):
+            step = then.get("first_step")
+            return {"started": then["started"], "first_step": step if type(step) is int else 0}
+    return {"started": now(), "first_step": 0}
 
 
-def outcome(rows, state, rt):
+def outcome(rows, first_step, state, rt):
     """What a run has come to, by its State and the rows of metrics.jsonl: a dict for run.json.
 
-    seconds is the time of the training steps, without evaluations and saving.
+    seconds is the time of the training steps after first_step, without evaluations and saving.
     """
-    rates = [(row["tokens"], row["tokens_per_sec"]) for row in rows if row.get("tokens_per_sec")]
-    before = [0, *(tokens for tokens, _ in rates)]
-    seconds = sum((tokens - last) / rate for last, (tokens, rate) in zip(before, rates, strict=False))
-    trained = rates[-1][0] if rates else 0
+    timed = [row for row in rows if row.get("tokens_per_sec") and row["step"] > first_step]
+    first = first_step * timed[0]["tokens"] // timed[0]["step"] if timed else 0  # tokens before that step
+    before = [first, *(row["tokens"] for row in timed)]
+    seconds = sum((row["tokens"] - last) / row["tokens_per_sec"] for last, row in zip(before, timed, strict=False))
+    trained = before[-1] - first
 
     def last(key):
         return next((row[key] for row in reversed(rows) if row.get(key) is not None), None)

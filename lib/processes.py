@@ -104,6 +104,7 @@ def wrap(model, rt, batch_size, block_size):
         with rt.autocast():
             wrapped(x, x)[1].backward()
     model.zero_grad(set_to_none=True)
+    wrapped.require_backward_grad_sync = False  # The loop asks for the sum where a step ends.
     return wrapped
 
 

@@ -41,13 +41,14 @@ class Run:
         self.has_final = False  # whether final.pt is on the disk, with the weights of the last step
         self.failed_at = None  # time.monotonic() at which ckpt.pt could not be written; None where it could
         self.save_is_due = not start.in_place  # The first save shows at once whether the disk takes a checkpoint.
+        self.sample_is_due = False
         self.same_command = "the same command" + (" without --overwrite" if s.overwrite else "")
         self.writes = rt.rank == 0
         if self.writes:
             self.take_folder(start)
-            self.description = describe.beginning(s, rt, dataset, model)  # of run.json
+            self.description = describe.beginning(s, rt, dataset, model, self.state)  # of run.json
             if start.in_place:
-                self.description["started"] = describe.started(self.out / "run.json")
+                self.description |= describe.origin(self.out / "run.json")
             self.wandb = WandB(s, start.ckpt["wandb_run_id"] if start.in_place else "")
             keep_rows_before(self.out / "metrics.jsonl", self.state.step)
 
@@ -102,8 +103,7 @@ class Run:
         state.best_val_loss = self.rt.of_the_first(state.best_val_loss)
         state.worse = 0 if val_loss < state.best_val_loss else state.worse + 1
         state.best_val_loss = min(state.best_val_loss, val_loss)
-        if self.writes and self.s.sample_tokens:
-            self.sample()
+        self.sample_is_due = self.writes and self.s.sample_tokens > 0
         self.save_is_due |= self.s.always_save_checkpoint or val_loss == state.best_val_loss
 
     def save_what_is_due(self, kept_names):
@@ -120,12 +120,15 @@ class Run:
         is_best = state.row.get("val_loss") == state.best_val_loss
         if is_best and (state.step or self.s.init_from != "scratch"):
             self.save("best.pt")
+        if self.sample_is_due:
+            self.sample_is_due = False
+            self.sample()
 
     def sample(self):
         """Show how the model goes on with the beginning of the validation text, and add that to samples.txt."""
         try:
             text = sampling.continuation(self.model, self.dataset, self.s, self.rt, self.state.step)
-        except ValueError as error:
+        except (ValueError, UserError, ImportError) as error:
             text = f"no sample: {error}"
         self.rt.say(text)
         with self.record("samples.txt") as path:
@@ -158,7 +161,8 @@ class Run:
             self.collect(wait=True)
         if self.saved != self.state:
             raise UserError(f"the last steps are not saved: {self.remedy}, and {self.same_command} goes on")
-        outcome = describe.outcome(describe.read_rows(self.out / "metrics.jsonl"), self.state, self.rt)
+        rows = describe.read_rows(self.out / "metrics.jsonl")
+        outcome = describe.outcome(rows, self.description["first_step"], self.state, self.rt)
         self.write_description(**outcome)
         self.rt.say(describe.summary(outcome))
         if not interrupted:
@@ -176,6 +180,8 @@ class Run:
     @contextlib.contextmanager
     def record(self, name):
         """The path of a file that is for people. A write to it that fails is reported, and ends nothing."""
+        if self.saved is None:  # Without a checkpoint the file would be the remains of a run that can't go on.
+            self.collect(wait=True)
         try:
             self.check_folder()
             yield self.folder / name
@@ -221,9 +227,9 @@ class Run:
                 self.failed(write)
                 continue
             if write.path.name == "ckpt.pt":
-                if self.saved is None:  # Until there is a checkpoint, nothing says that there is a run.
+                is_first, self.saved = self.saved is None, write.about
+                if is_first:
                     self.write_description()
-                self.saved = write.about
                 with contextlib.suppress(IsADirectoryError, PermissionError):  # A folder of that name is no weights.
                     (self.folder / "final.pt").unlink(missing_ok=True)  # It is of a run that is longer now.
             if write.path.name == "best.pt":

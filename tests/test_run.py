@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import train
-from lib import checkpoint, files, resume, runtime
+from lib import checkpoint, files, resume, runtime, sampling
 from lib import run as run_py
 from lib.run import Run
 from model import GPTConfig
@@ -218,6 +218,39 @@ def test_the_other_processes_write_nothing(monkeypatch):
 def test_a_first_checkpoint_that_the_disk_does_not_take_ends_the_run(disk):
     disk.full = {"ckpt.pt"}
     assert "make room there" in refusal(Loop(5.0).boundary)
+
+
+def test_nothing_is_written_for_people_before_there_is_a_checkpoint(disk, monkeypatch, background):
+    """Else the same command would find the remains of a run that can't go on."""
+    monkeypatch.setattr(sampling, "continuation", lambda *args: "a sample")
+    disk.full = {"ckpt.pt"}
+    loop = Loop(5.0, sample_tokens=9)
+    assert "make room there" in refusal(loop.boundary)
+    assert not resume.files_of_run("out/a")
+    loop.leave()
+    disk.full = set()
+    Loop(5.0, sample_tokens=9).boundary()
+    assert {path.name for path in resume.files_of_run("out/a")} == {
+        "ckpt.pt",
+        "metrics.jsonl",
+        "run.json",
+        "samples.txt",
+    }
+
+
+def test_a_kill_right_after_the_first_row_leaves_a_run_that_goes_on(monkeypatch):
+    """The first checkpoint is written in the background. The row waits for it."""
+    may_write, save = threading.Event(), checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda *args: may_write.wait() and save(*args))
+    monkeypatch.setattr(checkpoint.Writer, "in_background", lambda writer, content: True)
+    loop = Loop(5.0)
+    boundary = threading.Thread(target=loop.boundary)
+    boundary.start()
+    boundary.join(0.2)
+    assert boundary.is_alive() and not Path("out/a/metrics.jsonl").exists()
+    may_write.set()
+    boundary.join()
+    assert rows("out/a") and on_disk() == {"ckpt.pt": 0}
 
 
 def test_a_checkpoint_that_could_not_be_written_is_tried_again_after_a_minute(disk, monkeypatch, capsys, background):

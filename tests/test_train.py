@@ -1,5 +1,6 @@
 """train.py: the loop against slow exact versions of itself, resumes to the bit, and what it refuses."""
 
+import gc
 import json
 import math
 import os
@@ -9,10 +10,12 @@ import sys
 import threading
 import time
 import unicodedata
+import weakref
 from pathlib import Path
 
 import train as train_py
-from lib import checkpoint, data, prepare, tokenizer
+from lib import checkpoint, data, prepare, processes, tokenizer
+from lib.settings import UserError
 from model import GPT, GPTConfig
 
 import pytest
@@ -140,16 +143,20 @@ def test_the_validation_loss_is_the_stream_protocol_s(train, script):
     assert math.log(report["results"][0]["token_ppl"]) == pytest.approx(best, abs=1e-5)
 
 
-def test_eval_iters_scores_so_many_batches_always_the_same(train, monkeypatch):
+def test_eval_iters_scores_the_windows_of_so_many_steps_however_a_step_is_split(train, monkeypatch):
     seen, window_batch = [], data.window_batch
 
     def watched(ids, windows, width):
-        seen.append(tuple(windows))
+        seen.extend(windows)
         return window_batch(ids, windows, width)
 
     monkeypatch.setattr(data, "window_batch", watched)
-    train("--out_dir=out/a", "--eval_iters=3", "--eval_interval=6")
-    assert len(seen) == 9 and seen[:3] == seen[3:6] == seen[6:] and len(set(seen)) == 3
+    for split in ("--batch_size=8 --gradient_accumulation_steps=1", "--batch_size=2 --gradient_accumulation_steps=4"):
+        train("--out_dir=out/" + split[-1], "--eval_iters=3", "--eval_interval=6", *split.split())
+    evaluations = [seen[i : i + 24] for i in range(0, len(seen), 24)]  # 3 steps of 8 sequences
+    assert len(evaluations) == 6 and all(windows == evaluations[0] for windows in evaluations)
+    last = data.stream_windows(len(data.Dataset("tiny").validation_ids()), 16)[-1]
+    assert len(set(evaluations[0])) == 24 and last[0] / 2 < evaluations[0][-1][0] < last[0]  # spread over the split
 
 
 def test_the_norm_of_the_weights_is_that_before_the_step(train):
@@ -199,6 +206,53 @@ def test_a_run_that_goes_on_keeps_the_time_at_which_it_started(train):
         assert (found == started) == isinstance(started, str) and isinstance(found, str)
         train("--out_dir=out/a", "--max_iters=4", "--lr_decay_iters=12", "--overwrite=True")
     assert json.loads(path.read_text())["started"] > "2026"
+
+
+def test_the_time_of_a_branch_is_that_of_its_own_steps(train):
+    train("--out_dir=out/a", "--save_interval=8")
+    branch = "--out_dir=out/b", "--resume_from=out/a/ckpt_iter_8.pt"
+    for more in (["--max_iters=10", "--lr_decay_iters=12"], []):  # The second command goes on with the branch.
+        assert train(*branch, *more)[0] == 0
+    run, found = json.loads(Path("out/b/run.json").read_text()), rows("out/b")
+    assert [row["step"] for row in found] == [8, 9, 10, 11, 12] and found[0]["tokens_per_sec"]
+    assert run["seconds"] == pytest.approx(sum(128 / row["tokens_per_sec"] for row in found[1:]))
+    assert run["tokens_per_sec"] == pytest.approx(4 * 128 / run["seconds"])
+
+
+@pytest.mark.parametrize("fault", [UserError("not installed"), ImportError("not installed")])
+def test_a_tokenizer_that_is_not_there_ends_no_training(train, monkeypatch, fault):
+    def missing(spec):
+        raise fault
+
+    monkeypatch.setattr(tokenizer, "load", missing)
+    status, out, err = train("--out_dir=out/a", "--sample_tokens=5")
+    assert status == 0 and "no sample: not installed" in out, err
+
+
+def test_a_group_of_processes_is_left_without_what_wraps_the_model(train, monkeypatch):
+    """A DDP that is freed after its group can hang."""
+    wrapped, at_the_end = [], []
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x, y):
+            return self.model(x, y)
+
+    def wrap(model, *args):
+        wrapped.append(weakref.ref(wrapper := Wrapper(model)))
+        return wrapper
+
+    def leave():
+        gc.collect()
+        at_the_end.append(wrapped[0]())
+
+    monkeypatch.setattr(processes, "wrap", wrap)
+    monkeypatch.setattr(processes, "leave", leave)
+    assert train("--out_dir=out/a")[0] == 0
+    assert at_the_end and not any(at_the_end)
 
 
 def test_a_sample_shows_no_control_characters(train, monkeypatch):
