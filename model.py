@@ -168,7 +168,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         """x (N, C), weight (V, C), targets (N,) -> float32 scalar. `compiled` is softmax_, compiled."""
         dtype, V = compute_dtype(x), weight.size(0)
         h, w = x.to(dtype), output_weight(weight, dtype)
-        fused = compiled or (softmax_ if dtype != torch.float32 else None)
+        softmax = compiled or (softmax_ if dtype != torch.float32 else None)
         grad_x, grad_w = torch.empty_like(h), torch.zeros_like(w, dtype=torch.float32)
         total = torch.zeros((), dtype=torch.float32, device=x.device)
         scored = targets >= 0
@@ -179,10 +179,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             products = torch.mm(h[part], w.T, out=logits[: len(index)])
             # The gradient of the sum of losses by the logits is softmax - one-hot, and 0 where the target does not
             # count. It takes their place, but for a factor: the products with it, which are smaller, have `scale`.
-            if fused:
+            if softmax:
                 products[:, V:] = -math.inf  # The padding has no probability.
                 wanted, scale = products.gather(1, index).float(), counts.to(dtype)
-                nll = fused(products) - wanted
+                nll = softmax(products) - wanted
                 products.scatter_(1, index, torch.expm1(-nll).to(dtype))  # p - 1, exact also where p is near 1
             else:
                 e, mass, nll = softmax_nll(products[:, :V], index)

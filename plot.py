@@ -304,13 +304,13 @@ def main():
     if not s.run:
         raise UserError("name the folder of a run, such as out/demo")
     paths = find(s.run)
-    are_reports = {path.suffix == ".json" for path in paths}
-    if len(are_reports) > 1:
+    are_reports = paths[0].suffix == ".json"
+    if any((path.suffix == ".json") != are_reports for path in paths):
         raise UserError("runs and reports of eval.py make two pictures; name those of one kind")
     folder, name = (paths[0].parent, paths[0].stem) if len(paths) == 1 else (Path(), "loss_by_position")
-    out = Path(s.out) if s.out else folder / (f"{name}.png" if True in are_reports else "loss.png")
+    out = Path(s.out) if s.out else folder / (f"{name}.png" if are_reports else "loss.png")
     check_picture(out)
-    lines = [] if True in are_reports else lines_of(paths)
+    lines = [] if are_reports else lines_of(paths)
     figure, axes = draw_runs(lines) if lines else draw_reports(paths)
     lowest = min(loss for line in axes.lines for loss in line.get_ydata())
     if 0 < s.max_loss <= lowest:

@@ -16,6 +16,7 @@ def smaller_batch(s):
         return f" with batch_size={s.batch_size}; no batch is smaller, so take {other}"
     accumulation = s.gradient_accumulation_steps * divisor
     same = f"--batch_size={s.batch_size // divisor} --gradient_accumulation_steps={accumulation}"
+    same += " --auto_batch_size=False" * s.auto_batch_size
     return f" with batch_size={s.batch_size}; {same} trains the same in less"
 
 

@@ -88,15 +88,18 @@ class Runtime:
         if self.rank == 0:
             settings.say(line)
 
-    def share_of(self, micro_batches):
-        """How many of the micro-batches of a step this process has. Raises UserError where they can't be shared out."""
-        if micro_batches % self.world_size:
+    def check_share(self, s):
+        """Raise UserError where the micro-batches of a step can't be shared out among the processes.
+
+        s.auto_batch_size makes them anew, so that their sequences are what is shared out.
+        """
+        unit = self.world_size // math.gcd(self.world_size, s.batch_size if s.auto_batch_size else 1)
+        if (steps := s.gradient_accumulation_steps) % unit:
             raise UserError(
-                f"gradient_accumulation_steps={micro_batches} counts over all processes together and is not divisible "
-                f"by {self.world_size} of them; "
-                f"--gradient_accumulation_steps={math.ceil(micro_batches / self.world_size) * self.world_size}"
+                f"gradient_accumulation_steps={steps} counts over all processes together and is not divisible by "
+                f"{unit}, as {self.world_size} processes need; "
+                f"--gradient_accumulation_steps={math.ceil(steps / unit) * unit}"
             )
-        return micro_batches // self.world_size
 
     def same(self, value):
         """Whether all processes hold the same plain value."""
@@ -137,7 +140,8 @@ def choose(device="auto", dtype="auto", compile="auto", training=False, determin
     reasons = []
     rank, world_size, local_rank, restarts = processes.environment()
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        has_mps = torch.backends.mps.is_available() and world_size == 1
+        device = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
         reasons.append("the best device here")
     try:
         chosen = torch.device(device)
@@ -159,6 +163,8 @@ def choose(device="auto", dtype="auto", compile="auto", training=False, determin
         torch.cuda.set_device(chosen)
     if chosen.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("device=mps: this machine has no Apple GPU that torch can use; use device=auto")
+    if chosen.type == "mps" and world_size > 1:
+        raise UserError(f"device=mps: torch can't have {world_size} processes on an Apple GPU; use one, or device=cpu")
 
     if dtype == "auto":
         dtype, why = auto_dtype(chosen)
@@ -168,8 +174,9 @@ def choose(device="auto", dtype="auto", compile="auto", training=False, determin
     if chosen.type == "cpu":
         keep_freed_memory()
     if chosen.type == "cuda":
-        # People expect TF32 of float32 training on a GPU. An evaluation computes in the precision that it says.
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = training
+        # People expect TF32 of float32 training on a GPU. All else computes in the precision that it says.
+        has_tf32 = training and dtype == "float32"
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = has_tf32
         # cuDNN makes a plan for each number of keys, for tens of milliseconds. Only training always has the same one.
         torch.backends.cuda.enable_cudnn_sdp(training)
         if deterministic:
@@ -238,10 +245,10 @@ def least_memory(config, s, rt, batch_size):
 
     config: the model's GPTConfig. s: the settings block_size and recompute.
     """
-    # Weights, gradients and two moments are float32. A token needs its ids and, for the backward pass, at the very
-    # least the inputs of the two branches of each block, or the block's alone where the block is computed again.
+    # Weights, gradients and a moment are float32. A token needs its ids and, for the backward pass, at the very least
+    # the inputs of the two branches of each block, or the block's alone where the block is computed again.
     activations = (1 if s.recompute else 2) * config.n_layer * config.n_embd
-    return 16 * config.num_params() + batch_size * s.block_size * (16 + activations * rt.dtype.itemsize)
+    return 12 * config.num_params() + batch_size * s.block_size * (16 + activations * rt.dtype.itemsize)
 
 
 def between_blocks(rt, training):

@@ -234,3 +234,8 @@ def test_the_expected_memory_is_what_a_backward_pass_keeps(shape, recompute):
 def test_the_smaller_batch_that_trains_the_same(batch, recompute, advice):
     says = ahead.smaller_batch(settings_of(batch_size=batch, recompute=recompute))
     assert says.startswith(f" with batch_size={batch}; ") and says.endswith(advice)
+
+
+def test_the_smaller_batch_is_not_split_anew():
+    says = ahead.smaller_batch(settings_of(batch_size=6, auto_batch_size=True))
+    assert "--batch_size=3 --gradient_accumulation_steps=80 --auto_batch_size=False trains the same" in says

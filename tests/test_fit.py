@@ -98,4 +98,4 @@ def test_what_the_processes_cannot_share_is_refused(train, monkeypatch):
     for key, value in {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(key, value)
     status, _, err = train("--auto_batch_size=True", "--out_dir=out/a")
-    assert status == 2 and "not divisible by 3 of them" in err
+    assert status == 2 and "not divisible by 3, as 3 processes need; --gradient_accumulation_steps=3" in err

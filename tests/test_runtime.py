@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import lib
 import train
@@ -80,6 +81,31 @@ def test_each_local_process_has_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "4")
     with pytest.raises(UserError, match="sees 4 CUDA devices"):
         runtime.choose("cuda")
+
+
+def test_several_processes_of_a_mac_compute_on_its_cpu(monkeypatch):
+    """gloo can't sum what lies on an Apple GPU."""
+    pretend(monkeypatch, mps=True)
+    for key, value in {"RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(key, value)
+    assert runtime.choose().device.type == "cpu"
+    assert "use one, or device=cpu" in refusal(runtime.choose, "mps")
+
+
+@pytest.mark.parametrize(
+    ("training", "dtype", "tf32"), [(True, "float32", True), (True, "auto", False), (False, "float32", False)]
+)
+def test_tf32_is_for_float32_training(monkeypatch, training, dtype, tf32):
+    """The validation loss of a bfloat16 training is that of eval.py, whose logits are in float32."""
+    pretend(monkeypatch, ("NVIDIA A100", (8, 0)))
+    switches = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [switch.allow_tf32 for switch in switches]
+    try:
+        runtime.choose("cuda", dtype, compile=False, training=training)
+        assert [switch.allow_tf32 for switch in switches] == [tf32, tf32]
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.allow_tf32 = value
 
 
 def test_a_scheduler_may_show_each_process_one_gpu(monkeypatch):
@@ -166,14 +192,38 @@ def test_only_the_first_process_speaks(monkeypatch, capsys):
 
 def test_micro_batches_that_can_t_be_shared_out_are_refused_with_the_next_number_that_can(monkeypatch):
     monkeypatch.setenv("RANK", "0")
-    for processes, micro_batches, share in (("1", 7, 7), ("4", 8, 2), ("3", 2, None), ("5", 12, None)):
+    for processes, batch, micro_batches, more in (
+        ("1", 8, 7, None),
+        ("4", 8, 8, None),
+        ("3", 8, 2, 3),
+        ("5", 8, 12, 15),
+    ):
         monkeypatch.setenv("WORLD_SIZE", processes)
-        rt = runtime.choose("cpu")
-        if share:
-            assert rt.share_of(micro_batches) == share
+        rt, s = runtime.choose("cpu"), sizes(batch, micro_batches, auto_batch_size=False)
+        if more:
+            assert f"--gradient_accumulation_steps={more}" in refusal(rt.check_share, s)
         else:
-            more = {"3": 3, "5": 15}[processes]
-            assert f"--gradient_accumulation_steps={more}" in refusal(rt.share_of, micro_batches)
+            rt.check_share(s)
+
+
+@pytest.mark.parametrize("processes", range(1, 13))
+@pytest.mark.parametrize(("batch", "micro_batches"), [(8, 16), (5, 1), (1, 7), (12, 9)])
+def test_sequences_that_can_t_be_shared_out_are_refused_with_the_next_number_that_can(
+    monkeypatch, processes, batch, micro_batches
+):
+    """auto_batch_size shares out sequences, and a remedy of many times the batch would be another training."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    rt, s = runtime.choose("cpu"), sizes(batch, micro_batches, auto_batch_size=True)
+    fits = next(n for n in range(micro_batches, 1000) if n * batch % processes == 0)
+    if fits == micro_batches:
+        rt.check_share(s)
+    else:
+        assert refusal(rt.check_share, s).endswith(f"--gradient_accumulation_steps={fits}")
+
+
+def sizes(batch, micro_batches, auto_batch_size):
+    return SimpleNamespace(batch_size=batch, gradient_accumulation_steps=micro_batches, auto_batch_size=auto_batch_size)
 
 
 def test_other_programs_are_seen_where_the_system_counts_them(tmp_path):
