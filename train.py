@@ -9,6 +9,7 @@ Later wins: the defaults below, then config files, then --KEY=VALUE.
 
 import itertools
 import math
+import shlex
 import sys
 from dataclasses import dataclass
 from typing import Literal
@@ -100,6 +101,7 @@ def check(s):
         "min_lr eval_interval eval_iters patience save_interval save_epochs seed sample_tokens",
         fraction="dropout beta1 beta2 momentum cooldown_frac",
         divisible="n_embd n_head",
+        folder="out_dir",
     )
     if s.patience and not s.eval_interval:
         raise UserError(f"patience={s.patience} counts evaluations, and eval_interval=0 makes none; set one")
@@ -146,11 +148,9 @@ def evaluate(model, ids, s, rt, clock, stop=None):
 
     ids (n,). The result is None where one of the processes has received the StopSignal `stop` meanwhile.
     """
-    windows = data.stream_windows(len(ids), s.block_size)
-    per_step = s.batch_size * s.gradient_accumulation_steps  # No split into micro-batches changes this.
-    parts = [windows[i : i + per_step] for i in range(0, len(windows), per_step)]
-    if 0 < s.eval_iters < len(parts):  # The parts that are taken are spread over the split.
-        windows = [w for i in range(s.eval_iters) for w in parts[i * len(parts) // s.eval_iters]]
+    # They are counted in steps, since no split of a step into micro-batches changes these.
+    per_step = s.batch_size * s.gradient_accumulation_steps
+    windows = data.spread(data.stream_windows(len(ids), s.block_size), per_step, s.eval_iters)
     batches = [windows[i : i + s.batch_size] for i in range(0, len(windows), s.batch_size)]
     total = torch.zeros(3, dtype=torch.float64)  # negative log-likelihood, tokens, stop signals
     model.eval()
@@ -192,7 +192,7 @@ def make_model(s, start, dataset, rt):
             model.crop_block_size(s.block_size)
             cropped = f"cropped the model's {positions:,} positions to {s.block_size:,}, and an export has as many"
             rt.say(f"{cropped}; --block_size={positions} keeps them")
-        rt.say(f"starting from {opened.name}")
+        rt.say(f"starting from {opened.name}{resume.unused_shape(s, model.config)}")
     for key in resume.SHAPE:
         setattr(s, key, getattr(model.config, key))
     model.set_dropout(s.dropout)
@@ -392,7 +392,7 @@ def train(s, writer):
         return stop.status()
     if state.step < max_iters:
         rt.say(f"no better validation loss than {state.best_val_loss:.4f} in {state.worse} evaluations")
-    rt.say(f"finished {state.step:,} steps; python sample.py --out_dir={s.out_dir}")
+    rt.say(f"finished {state.step:,} steps; python sample.py --out_dir={shlex.quote(s.out_dir)}")
     return 0
 
 

@@ -33,6 +33,8 @@ def warnings(s, max_iters, steps_per_epoch):
             f"the run reads the train split {max_iters / steps_per_epoch:,.0f} times; --max_epochs=10 is a usual "
             "length, and --patience=5 ends a run that gets no better"
         )
+    if s.sample_tokens and not s.eval_interval:
+        lines.append(f"sample_tokens={s.sample_tokens} follows evaluations, and eval_interval=0 makes none; set one")
     if max_iters and s.warmup_iters >= max_iters:
         lines.append(
             f"the warm-up of {s.warmup_iters:,} steps is no shorter than the run of {max_iters:,}, so that the rate "

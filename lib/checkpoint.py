@@ -37,8 +37,9 @@ def save(path, checkpoint, links=()):
     `links` are further names of the file. They keep it when `path` is written again.
     """
     path = Path(path)
-    if path.is_symlink():  # The file may lie on a larger disk. The link to it stays.
-        path = Path(os.path.realpath(path))
+    if path.is_symlink():  # The file may lie on a larger disk, and the link to it stays. A run's own files are kept.
+        file = Path(os.path.realpath(path))
+        path = path if file.with_name(".lock").exists() else file
     partial = path.with_name(path.name + ".partial")
     try:
         with files.open_new(partial) as f:
@@ -323,6 +324,8 @@ def open_run(out_dir="", init_from=""):
     """
     if init_from and init_from != "resume":
         return open_model(init_from)
+    if out_dir and os.path.isfile(out_dir):
+        raise UserError(f"out_dir={out_dir} is a file; a checkpoint is opened by --init_from={out_dir}")
     folder = Path(out_dir) if out_dir else newest_run()
     if not (paths := of_run(folder)):
         raise UserError(f"there is no checkpoint in {folder}; train first, or name a model by --init_from=")

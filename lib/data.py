@@ -320,6 +320,14 @@ def stream_windows(n, block_size, stride=0):
     return windows
 
 
+def spread(windows, size, count):
+    """`count` groups of `size` windows that follow each other, spread over all windows. A count of 0 takes them all."""
+    groups = [windows[i : i + size] for i in range(0, len(windows), size)]
+    if not 0 < count < len(groups):
+        return windows
+    return [w for i in range(count) for w in groups[i * len(groups) // count]]
+
+
 def document_windows(ids, eot, block_size):
     """The windows of `documents` and `lm_eval`, as stream_windows has them; each id but `eot` counts once.
 

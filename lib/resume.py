@@ -57,6 +57,8 @@ def find(s, dataset, rt):
     last = Path(s.out_dir, "ckpt.pt")
     start = Start(stamp=stamp(last), path=checkpoint_to_resume(s, rt.restarted))
     if not start.path:
+        if s.eval_only and s.init_from == "scratch" and last.exists():
+            rt.say(f"this evaluates a new model, and {last} is there; --init_from=resume evaluates that")
         return start
     start.ckpt = load(start.path)
     changes = check_agreement(start.ckpt, start.path, s, dataset)
@@ -75,10 +77,12 @@ def find(s, dataset, rt):
     if start.in_place:
         s.resume_from = then.get("resume_from", "")
     validation = dataset.checksums.get("val", "")
-    has_other_validation = validation and start.ckpt.get("val_sha256", "") not in ("", validation)
-    if has_other_validation:  # Losses of two splits can't be compared.
+    is_other_split = validation and start.ckpt.get("val_sha256", "") not in ("", validation)
+    has_other_validation = is_other_split or then.get("eval_iters", s.eval_iters) != s.eval_iters
+    if has_other_validation:  # Losses over other windows can't be compared.
         start.state.row.pop("val_loss", None)
-        changes.append("the validation split is another one, and the best loss counts anew")
+        changes += ["the validation split is another one"] if is_other_split else []
+        changes.append("the best loss counts anew")
     if has_other_validation or not start.in_place:
         # An older best.pt does not count. The best so far is this checkpoint, if it was evaluated.
         val_loss = start.state.row.get("val_loss")
@@ -250,6 +254,13 @@ def is_kind_of(value, example):
     """Whether a checkpoint's setting is of the kind that the command's is. `compile` may be a switch or a text."""
     kinds = {bool: (bool, str), str: (bool, str), int: (int,), float: (int, float), tuple: (list, tuple)}[type(example)]
     return type(value) in kinds
+
+
+def unused_shape(s, config):
+    """What to say of a shape in the settings that a model which was opened does not have; '' for none."""
+    unused = [key for key in SHAPE if getattr(s, key) not in (getattr(config, key), getattr(type(s), key))]
+    given = ", ".join(f"{key}={getattr(s, key)}" for key in unused)
+    return f"; its own shape stays, without {given}" if given else ""
 
 
 def restore(start, optimizer, scaler):

@@ -65,7 +65,10 @@ class Run:
                     f"another process has just saved {self.ckpt_path}; {self.same_command} goes on from there"
                 )
             partials = [path for name in FILES for path in self.out.glob(f"{name}.partial")]
-            for path in partials + (files_of_run(self.out) if not start.in_place and self.s.overwrite else []):
+            old = partials + (files_of_run(self.out) if not start.in_place and self.s.overwrite else [])
+            if folders := [path for path in old if path.is_dir() and not path.is_symlink()]:
+                raise UserError(f"{folders[0]} is a folder, and has the name of a run's file; move it away")
+            for path in old:
                 path.unlink()
         except OSError as error:
             at = f", {error.filename}" if error.filename else ""

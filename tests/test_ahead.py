@@ -41,6 +41,8 @@ def settings_of(**more):
         ({}, 1000, 0.25, ["a step reads more than the whole train split, 4.0 times it"]),
         ({}, 1000, 9, ["the run reads the train split 111 times"]),
         ({"warmup_iters": 2000}, 200, 100, ["--warmup_iters=10"]),
+        ({"sample_tokens": 9, "eval_interval": 0}, 200, 100, ["eval_interval=0 makes none; set one"]),
+        ({"sample_tokens": 9}, 200, 100, []),
         ({"warmup_iters": 2000}, 2000, 100, ["--warmup_iters=100"]),
         ({"warmup_iters": 2000}, 2001, 100, []),
         ({"warmup_iters": 2000}, 0, 100, []),  # of a length that is not known

@@ -317,6 +317,7 @@ REFUSED = {
     "a tokenizer of another size": (ckpt_of("best.pt", tokenizer="gpt2"), ["sample"], "its tokenizer 'gpt2' 50,257"),
     "a stride of documents": (None, ["eval", "--protocol=documents", "--stride=8"], "is for --protocol=stream"),
     "no run": (None, ["sample", "--out_dir=out/none"], "no checkpoint in out/none"),
+    "a run that is a file": (None, ["sample", "--out_dir=out/a/ckpt.pt"], "opened by --init_from=out/a/ckpt.pt"),
     "a prompt that is not UTF-8": (None, ["sample", b"--start=\xff\xfe"], "not UTF-8 at byte 0"),
     "no prompt file": (None, ["sample", "--start=FILE:none.txt"], "No such file"),
     "a prompt file that is not UTF-8": (put("p", b"ab\xff"), ["sample", "--start=FILE:p"], "not UTF-8 at byte 2"),

@@ -285,6 +285,14 @@ def test_losses_of_another_validation_split_are_not_compared(whole, capsys):
     assert begin(settings_of(optimizer=whole["config"]["optimizer"]))[0].state.best_val_loss == 3.5
 
 
+def test_losses_over_another_part_of_the_split_are_not_compared(whole, capsys):
+    save(copy.deepcopy(whole) | {"worse_evaluations": 3})
+    optimizer = whole["config"]["optimizer"]
+    start, _, _ = begin(settings_of(optimizer=optimizer, eval_iters=whole["config"]["eval_iters"] + 1))
+    assert (start.state.best_val_loss, start.state.worse) == (math.inf, 0) and "val_loss" not in start.state.row
+    assert "eval_iters 0 -> 1; the best loss counts anew" in capsys.readouterr().out
+
+
 VALUES = [None, True, -1, 0, 1, 10**30, 0.5, -0.0, math.nan, math.inf, "", "x", "char:", "gpt2", "\ud800", [], {}, (1,)]
 VALUES += [
     torch.zeros(()),

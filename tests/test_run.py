@@ -473,6 +473,23 @@ def test_files_on_a_larger_disk_stay_there():
     assert Path("out/a/best.pt").is_symlink() and on_disk("disk") == {"best.pt": 1}
 
 
+@pytest.mark.parametrize("kept", ["out/a/ckpt_iter_2.pt", "out/b/ckpt.pt"])
+def test_a_link_to_a_file_of_a_run_is_replaced_and_the_file_stays(kept):
+    """Somebody who goes back in place, or begins from another run, may link instead of copying."""
+    loop = Loop(eval_interval=0, out_dir=str(Path(kept).parent)).go(2)
+    loop.boundary(["ckpt_iter_2.pt"])
+    loop.run.finish(interrupted=True)
+    loop.leave()
+    before = Path(kept).read_bytes()
+    Path("out/a").mkdir(exist_ok=True)
+    Path("out/a/ckpt.pt").unlink(missing_ok=True)
+    Path("out/a/ckpt.pt").symlink_to(Path(kept).absolute())
+    loop = Loop(eval_interval=0, start=go_on()).go(1)
+    loop.run.finish(interrupted=True)
+    assert Path(kept).read_bytes() == before and not Path("out/a/ckpt.pt").is_symlink()
+    assert on_disk()["ckpt.pt"] == 3
+
+
 def test_a_folder_in_the_place_of_final_weights_is_one_line():
     loop = Loop(eval_interval=0).go(1)
     Path("out/a/final.pt").mkdir()
@@ -548,6 +565,14 @@ def test_overwrite_removes_what_a_run_has_left_and_nothing_else():
     Path("out/a/ckpt_iter_6.pt").symlink_to("../../elsewhere")
     Loop(eval_interval=0, overwrite=True, start=resume.Start(stamp=resume.stamp(Path("out/a/ckpt.pt"))))
     assert sorted(os.listdir("out/a")) == [".lock", "mine.pt", "run.log"] and Path("elsewhere").read_text() == "kept"
+
+
+def test_overwrite_removes_nothing_where_it_can_t_remove_all():
+    Path("out/a/ckpt_iter_9.pt").mkdir(parents=True)
+    Path("out/a/ckpt.pt").write_text("x")
+    start = resume.Start(stamp=resume.stamp(Path("out/a/ckpt.pt")))
+    assert "ckpt_iter_9.pt is a folder" in refusal(Loop, eval_interval=0, overwrite=True, start=start)
+    assert Path("out/a/ckpt.pt").read_text() == "x"
 
 
 # ---- metrics.jsonl ----

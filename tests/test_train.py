@@ -4,6 +4,7 @@ import gc
 import json
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -208,7 +209,30 @@ def test_a_run_that_goes_on_keeps_the_time_at_which_it_started(train):
     assert json.loads(path.read_text())["started"] > "2026"
 
 
-def test_the_time_of_a_branch_is_that_of_its_own_steps(train):
+def test_an_evaluation_of_a_new_model_beside_a_run_says_how_the_run_s_is_evaluated(train):
+    train("--out_dir=out/a")
+    losses = [row["val_loss"] for row in rows("out/a") if "val_loss" in row]
+    for more, loss, hinted in (([], losses[0], True), (["--init_from=resume"], losses[-1], False)):
+        out = train("--out_dir=out/a", "--eval_only=True", *more)[1]
+        assert f"val loss {loss:.4f}" in out and ("--init_from=resume evaluates that" in out) == hinted
+
+
+def test_a_shape_that_the_opened_model_does_not_have_is_said_to_be_unused(train):
+    train("--out_dir=out/a")
+    out = train("--out_dir=out/b", "--init_from=out/a/final.pt", "--n_layer=3", "--bias=False", "--n_head=2")[1]
+    assert "starting from out/a/final.pt; its own shape stays, without n_layer=3, bias=False\n" in out
+    assert "shape" not in train("--out_dir=out/c", "--init_from=out/a/final.pt")[1]
+    assert weights("out/b/final.pt").keys() == weights("out/a/final.pt").keys()
+
+
+def test_the_command_at_the_end_can_be_pasted(train, script):
+    name = "out/it's $HOME y"
+    last = train(f"--out_dir={name}", "--max_iters=1")[1].splitlines()[-1]
+    assert shlex.split(last.partition("; ")[2]) == ["python", "sample.py", f"--out_dir={name}"]
+    assert "out_dir is empty" in train("--out_dir=")[2]
+
+
+def test_the_time_of_a_branch_is_that_of_of_its_own_steps(train):
     train("--out_dir=out/a", "--save_interval=8")
     branch = "--out_dir=out/b", "--resume_from=out/a/ckpt_iter_8.pt"
     for more in (["--max_iters=10", "--lr_decay_iters=12"], []):  # The second command goes on with the branch.
