@@ -138,7 +138,7 @@ def load(cls, argv=None, positional="", command_line_only=(), bare_means=""):
             raise UserError(f"{arg}: a checkpoint is not a config file, write {example('init_from', [arg], str)}")
         bare.append(arg)
     if positional:
-        return cls(**given, **{positional: tuple(bare)})
+        return cls(**at_home(given, but=bare_means), **{positional: tuple(bare)})
     values = {}
     for path in bare:
         if not os.path.isfile(path):
@@ -148,7 +148,12 @@ def load(cls, argv=None, positional="", command_line_only=(), bare_means=""):
         for key, (value, where) in read_file(path, known=set(hints) | shared_keys()).items():
             if key in hints and key not in command_line_only:
                 values[key] = convert(key, value, hints[key], where)
-    return cls(**values | given)
+    return cls(**at_home(values | given, but=bare_means))
+
+
+def at_home(values, but):
+    """Settings with the home folder for a ~ at their beginning, which no shell puts after `=`. `but` stays as it is."""
+    return {k: os.path.expanduser(v) if k != but and str(v)[:2] == "~/" else v for k, v in values.items()}
 
 
 def refuse_setting(arg, following, hints):
@@ -196,9 +201,15 @@ def read_file(path, known):
     lines = {n.id: n.lineno for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
     values = {}
     for key, value in names.items():
-        if key.startswith("_") or isinstance(value, (types.ModuleType, type)) or callable(value):
-            continue
         where = f"{path}:{lines.get(key, 1)}"
+        if key.startswith("_"):
+            continue
+        if isinstance(value, types.ModuleType) or callable(value):
+            if key in lines and key in known:
+                raise UserError(
+                    f"{where}: {key} is a {type(value).__name__} and no value; call it, or begin its name with _"
+                )
+            continue
         if key not in known:
             raise UserError(f"{where}: unknown setting {key!r}{guess(key, known)[1]}; begin a name of your own with _")
         values[key] = (value, where)
@@ -285,7 +296,7 @@ def convert(key, value, hint, where, is_text=False):
         if isinstance(value, str):
             # No name of a file has these. Python keeps an argument's bytes that are not UTF-8 as the other surrogates.
             if not (refused := re.search("[\0\ud800-\udc7f\udd00-\udfff]", value)):
-                return value
+                return str(value)  # A file may give another class of text, which no checkpoint could hold.
             wanted = f"text, and this has a NUL or is not UTF-8 at character {refused.start()}"
     elif kind is tuple:
         items = [v.strip() for v in value.split(",") if v.strip()] if isinstance(value, str) else value
@@ -319,11 +330,15 @@ def number(value, kind):
     return result
 
 
-def check(s, positive="", not_negative="", fraction="", divisible=""):
+def check(s, positive="", not_negative="", fraction="", divisible="", folder=""):
     """Raise UserError for a setting out of its range. Each argument names settings, separated by spaces.
 
     positive: > 0.  not_negative: >= 0.  fraction: >= 0 and < 1.  divisible: two settings, the first by the second.
+    folder: not empty.
     """
+    for name in folder.split():
+        if not getattr(s, name):
+            raise UserError(f"{name} is empty; name a folder, or leave it out")
     ranges = [(positive, lambda v: v > 0, "must be more than 0"), (not_negative, lambda v: v >= 0, "can't be negative")]
     for names, fits, says in [*ranges, (fraction, lambda v: 0 <= v < 1, "must be at least 0 and less than 1")]:
         for name in names.split():

@@ -175,6 +175,8 @@ def read_records(path, column, folder):
     options = {"split": "train", "streaming": True, "cache_dir": str(folder / "cache")}
     if kind in DELIMITERS:  # Words such as NA stay text.
         options |= {"sep": DELIMITERS[kind], "keep_default_na": False}
+    if kind == "parquet":  # A batch is as long as the first group of rows otherwise, which may be empty.
+        options["batch_size"] = 1000
 
     def batches():
         with prepare.one_line(f"{path} can't be read as records of {kind}", "mend the file"):

@@ -160,9 +160,11 @@ def read_meta_pkl(path):
         chars = [itos[i] for i in range(len(itos))]
         if not all(isinstance(c, str) and len(c) == 1 for c in chars):
             raise ValueError("itos does not map ids to characters")
+        tok = CharTokenizer("".join(chars))
+        check_spec(tok.spec)
+        return tok
     except Exception as error:  # A pickle can fail in any way that its bytes choose.
         raise UserError(f"{path} is not a nanoGPT character vocabulary ({error}); prepare the data again") from None
-    return CharTokenizer("".join(chars))
 
 
 def nanogpt_spec(dataset, root="data"):

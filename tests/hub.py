@@ -112,7 +112,7 @@ def etag(content):
 def parquet(rows, column="text"):
     """A parquet file with a column of text."""
     buffer = io.BytesIO()
-    pq.write_table(pa.table({column: rows}), buffer)
+    pq.write_table(pa.table({column: pa.array(rows, pa.string())}), buffer)
     return buffer.getvalue()
 
 

@@ -312,6 +312,13 @@ def test_a_record_is_a_document(prepare, name, packed):
     assert no_temporary_files()
 
 
+def test_a_parquet_file_without_rows_is_no_mistake(prepare):
+    """Data sets of many files have such shards."""
+    write({"a.parquet": parquet([]), "b.parquet": parquet(["one", "two"])})
+    prepare("a.parquet", "b.parquet", "--val_fraction=0")
+    assert documents("train") == ["one", "two"]
+
+
 def test_records_and_text_may_be_mixed_and_the_column_named(prepare):
     write({"a.csv": "body,text\none,x\ntwo,y\n", "b.txt": "three", "c.jsonl": '{"body": "four"}\n{"body": null}\n'})
     prepare("a.csv", "b.txt", "c.jsonl", "--column=body", "--val_fraction=0")

@@ -312,6 +312,34 @@ def test_what_is_no_plain_value_in_a_file_is_no_setting(write):
     assert settings.load(Example, [path]) == Example(batch_size=32)
 
 
+@pytest.mark.parametrize("line", ["out_dir = len", "def f(): return 'x'\nout_dir = f", "import os\nout_dir = os"])
+def test_a_setting_that_is_a_function_is_no_name_to_pass_over(write, line):
+    """Such as one whose brackets were forgotten."""
+    assert "out_dir is a " in mistake([path := write(line)]) and f"{path}:{line.count(chr(10)) + 1}: " in mistake(
+        [path]
+    )
+
+
+def test_another_class_of_text_becomes_plain_text(write):
+    """No checkpoint could hold numpy's, or one that a file defines."""
+    path = write(
+        "import enum\nimport numpy as np\nclass Names(enum.StrEnum):\n    A = 'out/a'\n"
+        "out_dir = Names.A\nwandb_tags = [np.str_('b'), Names.A]\n"
+    )
+    s = settings.load(Example, [path])
+    assert (s.out_dir, s.wandb_tags) == ("out/a", ("b", "out/a"))
+    assert {type(text) for text in (s.out_dir, *s.wandb_tags)} == {str}
+
+
+def test_a_path_may_begin_in_the_home_folder(write, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    path = write("out_dir = '~/out'\n")
+    assert settings.load(Example, [path]).out_dir == "/home/me/out"
+    assert settings.load(Example, ["--out_dir=~/out"]).out_dir == "/home/me/out"
+    assert settings.load(Example, ["--out_dir=~/out"], bare_means="out_dir").out_dir == "~/out"  # a prompt
+    assert settings.load(Example, ["--out_dir=~/a"], positional="wandb_tags").out_dir == "/home/me/a"
+
+
 def test_a_file_knows_where_it_lies(write):
     write("7\n", "seven.txt")
     path = write("from pathlib import Path\nbatch_size = int(Path(__file__).with_name('seven.txt').read_text())\n")
@@ -585,6 +613,12 @@ def test_check_admits_what_is_in_range(kind, value):
         with pytest.raises(UserError, match=f"^m={value}: m "):
             settings.check(Ranges(m=value), **{kind: "n m"})
         settings.check(Ranges(m=value), **{kind: "n"})  # only what is named is looked at
+
+
+def test_a_folder_has_a_name():
+    settings.check(Example(out_dir="out"), folder="out_dir")
+    with pytest.raises(UserError, match="^out_dir is empty; name a folder"):
+        settings.check(Example(out_dir=""), folder="out_dir")
 
 
 @pytest.mark.parametrize("cls", [Example, train.Settings, eval.Settings, sample.Settings], ids=lambda c: c.__module__)

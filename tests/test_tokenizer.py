@@ -170,6 +170,13 @@ def test_a_meta_pkl_of_something_else_is_refused(tmp_path, meta):
     refusal(tokenizer.read_meta_pkl, tmp_path / "meta.pkl")
 
 
+@pytest.mark.parametrize("chars", ["aab", "a\ud800b", ""])
+def test_a_vocabulary_that_no_checkpoint_could_name_is_refused_before_a_training(tmp_path, chars):
+    meta = {"itos": dict(enumerate(chars)), "stoi": {c: i for i, c in enumerate(chars)}, "vocab_size": len(chars)}
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
+    assert "prepare the data again" in refusal(tokenizer.read_meta_pkl, tmp_path / "meta.pkl")
+
+
 def test_a_broken_meta_pkl_is_refused(tmp_path):
     write_meta_pkl(tmp_path, "abc")
     whole = (tmp_path / "meta.pkl").read_bytes()
