@@ -35,6 +35,11 @@ def warnings(s, max_iters, steps_per_epoch):
         )
     if s.sample_tokens and not s.eval_interval:
         lines.append(f"sample_tokens={s.sample_tokens} follows evaluations, and eval_interval=0 makes none; set one")
+    if 0 < s.lr_decay_iters <= s.warmup_iters and s.decay_lr and s.lr_schedule != "constant":
+        lines.append(
+            f"the warm-up of {s.warmup_iters:,} steps ends no sooner than the rate reaches min_lr, at lr_decay_iters="
+            f"{s.lr_decay_iters}, so that it drops at once; --warmup_iters={s.lr_decay_iters // 20}"
+        )
     if max_iters and s.warmup_iters >= max_iters:
         lines.append(
             f"the warm-up of {s.warmup_iters:,} steps is no shorter than the run of {max_iters:,}, so that the rate "
@@ -73,4 +78,5 @@ def estimate(micro_step, batches, accumulation, max_iters, steps_per_epoch, cloc
     step = accumulation * statistics.median(seconds[1:])
     line = f"a step takes about {duration(step)}, an epoch {duration(step * steps_per_epoch)}"
     line += f", the whole {duration(step * max_iters)} without evaluations" if max_iters else ""
+    line += " and without what the processes send each other" * (clock.rt.world_size > 1)
     return line + shorter(step * max_iters)

@@ -37,9 +37,10 @@ def save(path, checkpoint, links=()):
     `links` are further names of the file. They keep it when `path` is written again.
     """
     path = Path(path)
-    if path.is_symlink():  # The file may lie on a larger disk, and the link to it stays. A run's own files are kept.
+    if path.is_symlink():
         file = Path(os.path.realpath(path))
-        path = path if file.with_name(".lock").exists() else file
+        # The file may lie on a larger disk, and the link to it stays. One to a kept file or to another run's goes.
+        path = file if file.name == path.name and not file.with_name(".lock").exists() else path
     partial = path.with_name(path.name + ".partial")
     try:
         with files.open_new(partial) as f:
@@ -324,7 +325,7 @@ def open_run(out_dir="", init_from=""):
     """
     if init_from and init_from != "resume":
         return open_model(init_from)
-    if out_dir and os.path.isfile(out_dir):
+    if out_dir.endswith(".pt") and os.path.isfile(out_dir):
         raise UserError(f"out_dir={out_dir} is a file; a checkpoint is opened by --init_from={out_dir}")
     folder = Path(out_dir) if out_dir else newest_run()
     if not (paths := of_run(folder)):

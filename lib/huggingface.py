@@ -214,7 +214,7 @@ def tokenizer_files(spec):
     """{name: text or JSON} of the files that transformers' AutoTokenizer reads, for the ids of a tokenizer's spec."""
     special, contents, merges, eot = [], {}, [], tokenizer.eot_of(spec)
     if spec == "gpt2":
-        vocab_json, merges_txt = (path.read_text(encoding="utf-8") for path in tokenizer.gpt2_files())
+        vocab_json, merges_txt = tokenizer.gpt2_files()
         vocab, merges = json.loads(vocab_json), merges_txt.splitlines()[1:]
         contents = {"vocab.json": vocab_json, "merges.txt": merges_txt}
     elif spec == "bytes":

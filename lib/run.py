@@ -183,8 +183,7 @@ class Run:
     @contextlib.contextmanager
     def record(self, name):
         """The path of a file that is for people. A write to it that fails is reported, and ends nothing."""
-        if self.saved is None:  # Without a checkpoint the file would be the remains of a run that can't go on.
-            self.collect(wait=True)
+        self.wait_for_first()
         try:
             self.check_folder()
             yield self.folder / name
@@ -199,6 +198,8 @@ class Run:
         """
         if not self.writes:
             return
+        if name != "ckpt.pt":
+            self.wait_for_first()
         extremes = [value for p in self.model.parameters() for value in torch.aminmax(p.detach())]
         if not torch.stack(extremes).isfinite().all():
             raise self.diverged("the weights are not finite")
@@ -222,6 +223,11 @@ class Run:
         links = [self.folder / kept_name for kept_name in kept_names]
         self.writer.write(self.folder / name, content, links, about=state)
         self.collect()
+
+    def wait_for_first(self):
+        """Wait for the first ckpt.pt. Without it another file would be the remains of a run that can't go on."""
+        if self.saved is None:
+            self.collect(wait=True)
 
     def collect(self, wait=False):
         """Take note of the writes that have ended. `wait` first waits for the others."""

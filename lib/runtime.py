@@ -142,7 +142,7 @@ def choose(device="auto", dtype="auto", compile="auto", training=False, determin
     if device == "auto":
         has_mps = torch.backends.mps.is_available() and world_size == 1
         device = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
-        reasons.append("the best device here")
+        reasons.append("the best device here" + " for several processes" * (world_size > 1))
     try:
         chosen = torch.device(device)
     except RuntimeError:
@@ -267,7 +267,8 @@ def expected_memory(config, s, rt):
     logits = min(tokens * V * item, 80e6 if rt.device.type == "cpu" else 1 << 31)
     head = logits + (4 + item) * V * C  # The output layer has a gradient in float32, and its weight a copy.
     torch_itself = 350e6 if rt.device.type == "cpu" else 0
-    return 16 * (config.num_params() + config.block_size * C) + tokens * (blocks + 12 * C) + head + torch_itself
+    each = 16 if rt.world_size == 1 else 20  # bytes a parameter; DDP has a second copy of the gradients
+    return each * (config.num_params() + config.block_size * C) + tokens * (blocks + 12 * C) + head + torch_itself
 
 
 def check_memory(config, s, rt):
@@ -277,7 +278,7 @@ def check_memory(config, s, rt):
         raise UserError(
             f"{config.num_params() / 1e6:,.0f} M parameters and {batch_size * s.block_size:,} tokens in a "
             f"micro-batch take more than {needed / 2**30:,.0f} GiB, {rt.device} has {rt.memory() / 2**30:,.0f}; take a "
-            "smaller n_layer, n_embd, n_inner or batch_size"
+            f"smaller n_layer, n_embd, n_inner or {'batch_size' if batch_size > 1 else 'block_size'}"
         )
 
 

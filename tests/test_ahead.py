@@ -43,6 +43,8 @@ def settings_of(**more):
         ({"warmup_iters": 2000}, 200, 100, ["--warmup_iters=10"]),
         ({"sample_tokens": 9, "eval_interval": 0}, 200, 100, ["eval_interval=0 makes none; set one"]),
         ({"sample_tokens": 9}, 200, 100, []),
+        ({"warmup_iters": 150, "lr_decay_iters": 100}, 200, 100, ["--warmup_iters=5"]),
+        ({"warmup_iters": 150, "lr_decay_iters": 100, "decay_lr": False}, 200, 100, []),
         ({"warmup_iters": 2000}, 2000, 100, ["--warmup_iters=100"]),
         ({"warmup_iters": 2000}, 2001, 100, []),
         ({"warmup_iters": 2000}, 0, 100, []),  # of a length that is not known

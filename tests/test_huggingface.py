@@ -297,7 +297,7 @@ def test_weights_in_another_layout_are_refused_with_a_remedy_that_works(kind, fo
 
 
 def gpt2_vocab():
-    return json.loads(tokenizer.gpt2_files()[0].read_text(encoding="utf-8"))
+    return json.loads(tokenizer.gpt2_files()[0])
 
 
 def write_vocab(folder, file, vocab):

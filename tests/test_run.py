@@ -8,6 +8,7 @@ import os
 import resource
 import shutil
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -220,37 +221,36 @@ def test_a_first_checkpoint_that_the_disk_does_not_take_ends_the_run(disk):
     assert "make room there" in refusal(Loop(5.0).boundary)
 
 
-def test_nothing_is_written_for_people_before_there_is_a_checkpoint(disk, monkeypatch, background):
+@pytest.mark.parametrize("init_from", ["scratch", "gpt2"])  # Weights that a run starts from may be its best.
+def test_nothing_is_written_before_there_is_a_checkpoint(disk, monkeypatch, background, init_from):
     """Else the same command would find the remains of a run that can't go on."""
     monkeypatch.setattr(sampling, "continuation", lambda *args: "a sample")
     disk.full = {"ckpt.pt"}
-    loop = Loop(5.0, sample_tokens=9)
+    loop = Loop(5.0, sample_tokens=9, init_from=init_from)
     assert "make room there" in refusal(loop.boundary)
     assert not resume.files_of_run("out/a")
     loop.leave()
     disk.full = set()
-    Loop(5.0, sample_tokens=9).boundary()
-    assert {path.name for path in resume.files_of_run("out/a")} == {
-        "ckpt.pt",
-        "metrics.jsonl",
-        "run.json",
-        "samples.txt",
-    }
+    loop = Loop(5.0, sample_tokens=9, init_from=init_from)
+    loop.boundary()
+    loop.run.collect(wait=True)
+    best = ["best.pt"] if init_from == "gpt2" else []
+    assert sorted(os.listdir("out/a")) == [".lock", *best, "ckpt.pt", "metrics.jsonl", "run.json", "samples.txt"]
 
 
 def test_a_kill_right_after_the_first_row_leaves_a_run_that_goes_on(monkeypatch):
     """The first checkpoint is written in the background. The row waits for it."""
-    may_write, save = threading.Event(), checkpoint.save
-    monkeypatch.setattr(checkpoint, "save", lambda *args: may_write.wait() and save(*args))
+    save, found = checkpoint.save, []
+
+    def slow_save(*args):
+        time.sleep(0.2)
+        found.append(Path("out/a/metrics.jsonl").exists())
+        save(*args)
+
+    monkeypatch.setattr(checkpoint, "save", slow_save)
     monkeypatch.setattr(checkpoint.Writer, "in_background", lambda writer, content: True)
-    loop = Loop(5.0)
-    boundary = threading.Thread(target=loop.boundary)
-    boundary.start()
-    boundary.join(0.2)
-    assert boundary.is_alive() and not Path("out/a/metrics.jsonl").exists()
-    may_write.set()
-    boundary.join()
-    assert rows("out/a") and on_disk() == {"ckpt.pt": 0}
+    Loop(5.0).boundary()
+    assert found == [False] and rows("out/a") and on_disk() == {"ckpt.pt": 0}
 
 
 def test_a_checkpoint_that_could_not_be_written_is_tried_again_after_a_minute(disk, monkeypatch, capsys, background):
@@ -473,15 +473,16 @@ def test_files_on_a_larger_disk_stay_there():
     assert Path("out/a/best.pt").is_symlink() and on_disk("disk") == {"best.pt": 1}
 
 
-@pytest.mark.parametrize("kept", ["out/a/ckpt_iter_2.pt", "out/b/ckpt.pt"])
+@pytest.mark.parametrize("kept", ["out/a/ckpt_iter_2.pt", "out/b/ckpt.pt", "disk/ckpt_iter_2.pt"])
 def test_a_link_to_a_file_of_a_run_is_replaced_and_the_file_stays(kept):
     """Somebody who goes back in place, or begins from another run, may link instead of copying."""
     loop = Loop(eval_interval=0, out_dir=str(Path(kept).parent)).go(2)
     loop.boundary(["ckpt_iter_2.pt"])
     loop.run.finish(interrupted=True)
     loop.leave()
+    Path("disk/.lock").unlink(missing_ok=True)  # This one is a folder where somebody keeps files, and no run's.
     before = Path(kept).read_bytes()
-    Path("out/a").mkdir(exist_ok=True)
+    Path("out/a").mkdir(parents=True, exist_ok=True)
     Path("out/a/ckpt.pt").unlink(missing_ok=True)
     Path("out/a/ckpt.pt").symlink_to(Path(kept).absolute())
     loop = Loop(eval_interval=0, start=go_on()).go(1)

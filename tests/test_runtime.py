@@ -99,13 +99,14 @@ def test_tf32_is_for_float32_training(monkeypatch, training, dtype, tf32):
     """The validation loss of a bfloat16 training is that of eval.py, whose logits are in float32."""
     pretend(monkeypatch, ("NVIDIA A100", (8, 0)))
     switches = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = [switch.allow_tf32 for switch in switches]
+    before, had_cudnn = [switch.allow_tf32 for switch in switches], torch.backends.cuda.cudnn_sdp_enabled()
     try:
         runtime.choose("cuda", dtype, compile=False, training=training)
         assert [switch.allow_tf32 for switch in switches] == [tf32, tf32]
     finally:
         for switch, value in zip(switches, before, strict=True):
             switch.allow_tf32 = value
+        torch.backends.cuda.enable_cudnn_sdp(had_cudnn)
 
 
 def test_a_scheduler_may_show_each_process_one_gpu(monkeypatch):

