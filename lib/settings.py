@@ -204,14 +204,15 @@ def read_file(path, known):
         line = (error.lineno or 1) if in_file else (frames or [1])[-1]
         raise UserError(f"{path}:{line}: {type(error).__name__}: {error}; a config file is plain Python") from None
     lines = {n.id: n.lineno for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-    table, values = symtable.symtable(source, path, "exec"), {}
+    symbols = symtable.symtable(source, path, "exec").get_symbols()
+    given = {s.get_name() for s in symbols if s.is_assigned() and not s.is_imported() and not s.is_namespace()}  # by =
+    values = {}
     for key, value in names.items():
         where = f"{path}:{lines.get(key, 1)}"
         if key.startswith("_"):
             continue
         if isinstance(value, types.ModuleType) or callable(value):
-            symbol = table.lookup(key)
-            if key in known and symbol.is_assigned() and not symbol.is_imported() and not symbol.is_namespace():
+            if key in known and key in given:
                 raise UserError(
                     f"{where}: {key} is a {type(value).__name__}; give it a value, or begin the name of your own with _"
                 )

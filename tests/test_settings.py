@@ -321,7 +321,12 @@ def test_a_setting_that_is_a_function_is_no_name_to_pass_over(write, line):
 
 @pytest.mark.parametrize(
     "text",
-    ["def f():\n    out_dir = 'x'\nfrom os import path as out_dir", "def out_dir(): return 1", "import os as out_dir"],
+    [
+        "def f():\n    out_dir = 'x'\nfrom os import path as out_dir",
+        "def out_dir(): return 1",
+        "import os as out_dir",
+        "exec('def out_dir(): return 1')",
+    ],
 )
 def test_a_function_that_has_the_name_of_a_setting_is_none(write, text):
     assert settings.load(Example, [write(text + "\n")]) == Example()
