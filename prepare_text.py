@@ -31,7 +31,7 @@ import numpy as np
 
 # The config for a text of fewer bytes than this.
 CONFIGS = {1e6: "config/text_small.py", 20e6: "config/text_medium.py", float("inf"): "config/books.py"}
-NO_EVALUATION = ["--eval_interval=0", "--patience=0"]
+NO_EVALUATION = ["--eval_interval=0", "--patience=0", "--sample_tokens=0"]
 
 
 @dataclass
