@@ -33,6 +33,12 @@ def warnings(s, max_iters, steps_per_epoch):
             f"the run reads the train split {max_iters / steps_per_epoch:,.0f} times; --max_epochs=10 is a usual "
             "length, and --patience=5 ends a run that gets no better"
         )
+    intervals = [n for n in (s.eval_interval, s.save_interval) if n]
+    if max_iters > 1000 and min(intervals, default=max_iters) >= max_iters and not s.save_epochs:
+        lines.append(
+            f"no checkpoint is written between the first and the last of {max_iters:,} steps; "
+            f"--save_interval={max_iters // 5} keeps some"
+        )
     if s.sample_tokens and not s.eval_interval:
         lines.append(f"sample_tokens={s.sample_tokens} follows evaluations, and eval_interval=0 makes none; set one")
     if 0 < s.lr_decay_iters <= s.warmup_iters and s.decay_lr and s.lr_schedule != "constant":

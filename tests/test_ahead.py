@@ -31,7 +31,7 @@ def time(monkeypatch):
 
 
 def settings_of(**more):
-    return train_py.Settings(**dict(warmup_iters=10) | more)
+    return train_py.Settings(**dict(warmup_iters=10, eval_interval=500) | more)
 
 
 @pytest.mark.parametrize(
@@ -43,6 +43,11 @@ def settings_of(**more):
         ({"warmup_iters": 2000}, 200, 100, ["--warmup_iters=10"]),
         ({"sample_tokens": 9, "eval_interval": 0}, 200, 100, ["eval_interval=0 makes none; set one"]),
         ({"sample_tokens": 9}, 200, 100, []),
+        ({"eval_interval": 0}, 5000, 100, ["--save_interval=1000 keeps some"]),
+        ({"eval_interval": 5000, "save_interval": 6000}, 5000, 100, ["--save_interval=1000 keeps some"]),
+        ({"eval_interval": 0, "save_interval": 4999}, 5000, 100, []),
+        ({"eval_interval": 0, "save_epochs": 1}, 5000, 100, []),
+        ({"eval_interval": 0}, 1000, 100, []),
         ({"warmup_iters": 150, "lr_decay_iters": 100}, 200, 100, ["--warmup_iters=5"]),
         ({"warmup_iters": 150, "lr_decay_iters": 100, "decay_lr": False}, 200, 100, []),
         ({"warmup_iters": 2000}, 2000, 100, ["--warmup_iters=100"]),
