@@ -26,6 +26,7 @@ def choose_batch_size(model, s, start, rt):
     sizes = [n for n in range(1, min(share, MOST) + 1) if share % n == 0]
     sizes = [n for n in sizes if n == 1 or runtime.least_memory(model.config, s, rt, n) <= memory]
     found = largest(model, sizes, s, rt) if rt.device.type == "cuda" else fastest(model, sizes, s, rt)
+    runtime.give_back_freed_memory()  # The largest trial has left far more than the training takes.
     found = rt.least(found)
     s.batch_size, s.gradient_accumulation_steps = found, sequences // found
     why = "the largest that fits" if rt.device.type == "cuda" else "the fastest tried"

@@ -211,12 +211,18 @@ def keep_freed_memory():
     another has left. Only GNU's library has these options.
     """
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # The numbers are those of malloc.h.
-    with suppress(OSError, AttributeError):
+    with suppress(OSError, AttributeError, TypeError):  # Windows answers with the last one.
         libc = ctypes.CDLL(None)
         # Older versions of the library take no more than 32 MiB for the first value, and answer 0.
         libc.mallopt(M_MMAP_THRESHOLD, 1 << 30) or libc.mallopt(M_MMAP_THRESHOLD, 1 << 25)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
         libc.mallopt(M_ARENA_MAX, 1)
+
+
+def give_back_freed_memory():
+    """Have the C library hand back once what it keeps."""
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def auto_dtype(device):

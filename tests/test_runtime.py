@@ -1,8 +1,10 @@
 """runtime.py: what `auto` chooses on machines that are not here, refusals, peaks by name, memory."""
 
 import os
+import platform
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import lib
@@ -271,3 +273,24 @@ def test_runs_of_the_same_bits_tune_nothing(monkeypatch, deterministic):
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
     GPT(GPTConfig(**TINY)).compile_parts()
     assert given[0] == {"coordinate_descent_tuning": not deterministic}
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="this C library has no malloc_trim")
+def test_memory_that_is_kept_is_given_back_once():
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    runtime.keep_freed_memory()
+    before = resident()
+    numbers = [torch.ones(1 << 20) for _ in range(50)]  # 4 MiB each
+    del numbers
+    runtime.give_back_freed_memory()
+    assert resident() < before + 50e6
+
+
+def test_a_system_without_these_calls_goes_on_without_them(monkeypatch):
+    """Windows takes no None, and a Mac's library has no such names."""
+    for answer in (TypeError, OSError, AttributeError):
+        monkeypatch.setattr(runtime.ctypes, "CDLL", lambda name, answer=answer: (_ for _ in ()).throw(answer()))
+        runtime.keep_freed_memory()
+        runtime.give_back_freed_memory()
