@@ -183,7 +183,7 @@ def best_seconds(work, device, seconds=2.0):
 
 def matmul_rate(s, device, dtype, training):
     """FLOP/s of the largest product of a block: a micro-batch's (N, C) by the MLP's (C, 4 C)."""
-    torch.backends.cuda.matmul.allow_tf32 = training  # as in lib/runtime.py; other precisions ignore it
+    torch.backends.cuda.matmul.allow_tf32 = training  # As in lib/runtime.py. Only float32 heeds it.
     N, C = s.batch_size * s.block_size, s.n_embd
     x, w = (torch.randn(shape, device=device, dtype=dtype) for shape in ((N, C), (C, 4 * C)))
     return 8 * N * C * C / best_seconds(lambda: x @ w, device)

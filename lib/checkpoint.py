@@ -40,7 +40,8 @@ def save(path, checkpoint, links=()):
     if path.is_symlink():
         file = Path(os.path.realpath(path))
         # The file may lie on a larger disk, and the link to it stays. One to a kept file or to another run's goes.
-        path = file if file.name == path.name and not file.with_name(".lock").exists() else path
+        if file.name == path.name and not file.with_name(".lock").exists():
+            path = file
     partial = path.with_name(path.name + ".partial")
     try:
         with files.open_new(partial) as f:

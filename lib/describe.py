@@ -32,7 +32,7 @@ def beginning(s, rt, dataset, model, state):
             "tokens": len(dataset.tokens("train")),
         },
         "parameters": model.num_params(),
-        "first_step": state.step,  # that of the checkpoint from which a new run goes on
+        "first_step": state.step,  # A new run by --resume_from begins at its checkpoint's step.
         "started": now(),
         "ended": None,
     }

@@ -26,7 +26,6 @@ def choose_batch_size(model, s, start, rt):
     sizes = [n for n in range(1, min(share, MOST) + 1) if share % n == 0]
     sizes = [n for n in sizes if n == 1 or runtime.least_memory(model.config, s, rt, n) <= memory]
     found = largest(model, sizes, s, rt) if rt.device.type == "cuda" else fastest(model, sizes, s, rt)
-    runtime.give_back_freed_memory()  # The largest trial has left far more than the training takes.
     found = rt.least(found)
     s.batch_size, s.gradient_accumulation_steps = found, sequences // found
     why = "the largest that fits" if rt.device.type == "cuda" else "the fastest tried"
@@ -48,8 +47,8 @@ def run(model, batch_size, s, rt):
 
 def largest(model, sizes, s, rt):
     """The largest of the sizes at which a micro-batch fits beside the optimizer's moments; else the smallest."""
-    each = 8 if rt.world_size == 1 else 12  # bytes a parameter; DDP has a second copy of the gradients
-    room = int(rt.memory() * KEPT_FREE) + each * sum(p.numel() for p in model.parameters())  # bytes
+    parameters = sum(p.numel() for p in model.parameters())
+    room = int(rt.memory() * KEPT_FREE) + runtime.bytes_beside_gradient(rt) * parameters
     return next((size for size in reversed(sizes) if fits(model, size, room, s, rt)), sizes[0])
 
 
@@ -83,4 +82,5 @@ def fastest(model, sizes, s, rt):
             best, seconds = size, each
         if each > 1.1 * seconds or time.perf_counter() - began > LIMIT:
             break
+    runtime.give_back_freed_memory()  # The largest trial has left far more than the training takes.
     return best

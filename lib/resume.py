@@ -18,7 +18,7 @@ SHAPE = ("n_layer", "n_head", "n_embd", "n_inner", "bias")
 MUST_AGREE = ("block_size", *SHAPE, "seed", "optimizer")
 NEEDED = (*MUST_AGREE, "batch_size", "gradient_accumulation_steps", "init_from")
 MAY_DIFFER_UNSAID = ("out_dir", "init_from", "resume_from", "overwrite", "eval_only")
-# What a run leaves in out_dir. Only --overwrite=True removes it, but for the final.pt of a run that goes on.
+# A run leaves these in out_dir. Only --overwrite=True removes them, but a run that goes on removes its final.pt.
 FILES = ("ckpt.pt", "best.pt", "final.pt", "ckpt_iter_*.pt", "ckpt_epoch_*.pt", "eval_*.json", "metrics.jsonl")
 FILES += ("run.json", "samples.txt")
 
@@ -81,7 +81,8 @@ def find(s, dataset, rt):
     has_other_validation = is_other_split or then.get("eval_iters", s.eval_iters) != s.eval_iters
     if has_other_validation:  # Losses over other windows can't be compared.
         start.state.row.pop("val_loss", None)
-        changes += ["the validation split is another one"] if is_other_split else []
+        if is_other_split:
+            changes.append("the validation split is another one")
         changes.append("the best loss counts anew, with a new best.pt")
     if has_other_validation or not start.in_place:
         # An older best.pt does not count. The best so far is this checkpoint, if it was evaluated.

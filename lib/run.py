@@ -46,7 +46,7 @@ class Run:
         self.writes = rt.rank == 0
         if self.writes:
             self.take_folder(start)
-            self.description = describe.beginning(s, rt, dataset, model, self.state)  # of run.json
+            self.description = describe.beginning(s, rt, dataset, model, self.state)  # It goes to run.json.
             if start.in_place:
                 self.description |= describe.origin(self.out / "run.json")
             self.wandb = WandB(s, start.ckpt["wandb_run_id"] if start.in_place else "")

@@ -257,6 +257,11 @@ def least_memory(config, s, rt, batch_size):
     return 12 * config.num_params() + batch_size * s.block_size * (16 + activations * rt.dtype.itemsize)
 
 
+def bytes_beside_gradient(rt):
+    """The bytes a parameter that a training keeps beside it and its gradient: two moments, and DDP's own gradient."""
+    return 8 if rt.world_size == 1 else 12
+
+
 def between_blocks(rt, training):
     """The precision of what goes from one block to the next, as GPT.hidden has it."""
     return torch.bfloat16 if training and rt.dtype == torch.bfloat16 else torch.float32
@@ -273,8 +278,8 @@ def expected_memory(config, s, rt):
     logits = min(tokens * V * item, 80e6 if rt.device.type == "cpu" else 1 << 31)
     head = logits + (4 + item) * V * C  # The output layer has a gradient in float32, and its weight a copy.
     torch_itself = 350e6 if rt.device.type == "cpu" else 0
-    each = 16 if rt.world_size == 1 else 20  # bytes a parameter; DDP has a second copy of the gradients
-    return each * (config.num_params() + config.block_size * C) + tokens * (blocks + 12 * C) + head + torch_itself
+    parameters = (8 + bytes_beside_gradient(rt)) * (config.num_params() + config.block_size * C)
+    return parameters + tokens * (blocks + 12 * C) + head + torch_itself
 
 
 def check_memory(config, s, rt):

