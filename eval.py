@@ -22,7 +22,7 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
-from lib import checkpoint, data, files, runtime, settings
+from lib import checkpoint, data, files, runtime, settings, wikitext
 from lib.settings import UserError
 
 import numpy as np
@@ -222,8 +222,6 @@ def which_protocols(wanted, dataset, split):
     return [wanted] if wanted else [protocol for protocol in PROTOCOLS if has[protocol]]
 
 
-# The counts by which WikiText's test text is known.
-WIKITEXT_TEST = {"tokens": 283_287, "words": 241_211, "lines": 4_358, "bytes": 1_287_656}
 # These figures are what others have published of it with GPT-2's tokens: (protocol, source, figures).
 PUBLISHED = (
     ("stream", "Transformer, 125 M, from scratch (Hyena paper, table 4.3)", {"token_ppl": 18.6}),
@@ -280,7 +278,8 @@ def main():
             report["results"].append(evaluate(model, text, counts[protocol], protocol, T, s.stride, s.batch_size, rt))
     rate = sum(r["tokens_scored"] for r in report["results"]) / (time.perf_counter() - began)
 
-    is_wikitext = dataset.tokenizer_spec == "gpt2" and WIKITEXT_TEST.items() <= dataset.splits[split].items()
+    known = wikitext.VAL_AND_TEST["test"]
+    is_wikitext = dataset.tokenizer_spec == "gpt2" and known.items() <= dataset.splits[split].items()
     lines = [f"\n{name}, {split} split, {opened.name}\n"]
     lines += [table(report["results"], opened.name, PUBLISHED if is_wikitext else ()), ""]
     lines += [explain(protocol, T, s.stride, counts[protocol]) for protocol in texts]

@@ -57,7 +57,10 @@ class CausalSelfAttention(nn.Module):
         self.n_head = config.n_head
 
     def forward(self, x, cache=None, past=0):
-        """x (B, T, C) -> (B, T, C). `cache` (2, B, nh, block_size, hs) holds keys and values of `past` positions."""
+        """x (B, T, C) -> (B, T, C). `cache` (2, B, nh, block_size, hs) holds keys and values of `past` positions.
+
+        After a past T is 1.
+        """
         B, T, C = x.shape
         # Each of q, k and v is (B, nh, T, hs).
         q, k, v = (z.view(B, T, self.n_head, -1).transpose(1, 2) for z in self.c_attn(x).split(C, dim=2))
@@ -117,7 +120,8 @@ def output_weight(weight, dtype):
 def chunk_rows(positions, weight, fused):
     """Positions in a chunk, all chunks being equal: enough for fast products, few enough that the logits stay small.
 
-    On a CPU they stay near its cache. A GPU holds 2 GiB of them, or a quarter if not `fused`, which takes copies.
+    On a CPU they stay near its cache. A GPU holds 2 GiB of logits, or a quarter without the `fused` softmax, since
+    the other one makes copies.
     """
     logits = 20_000_000 if weight.device.type == "cpu" else (1 << (31 if fused else 29)) // weight.itemsize
     chunks = max(1, math.ceil(positions / max(64, logits // weight.size(0))))
@@ -178,7 +182,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             index, counts = targets[part].clamp(min=0)[:, None], scored[part, None].float()
             products = torch.mm(h[part], w.T, out=logits[: len(index)])
             # The gradient of the sum of losses by the logits is softmax - one-hot, and 0 where the target does not
-            # count. It takes their place, but for a factor: the products with it, which are smaller, have `scale`.
+            # count. It overwrites the logits, up to a factor `scale` for each row, which the smaller products get.
             if softmax:
                 products[:, V:] = -math.inf  # The padding has no probability.
                 wanted, scale = products.gather(1, index).float(), counts.to(dtype)
@@ -274,7 +278,7 @@ class GPT(nn.Module):
     def hidden(self, idx, cache=None, past=0):
         """Final hidden states (B, T, C) of ids (B, T), which stand at the positions from `past` on.
 
-        Raises ValueError for more than block_size positions.
+        After a past T is 1. Raises ValueError for more than block_size positions.
         """
         end = past + idx.size(1)
         if end > self.config.block_size:

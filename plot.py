@@ -20,10 +20,10 @@ import sys
 from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 
 from lib import settings
+from lib.clock import clock_time
 from lib.settings import UserError
 
 import numpy as np
@@ -37,7 +37,7 @@ class Settings:
 
 
 # These settings say where a run was made and how it was logged. They do not change its training.
-UNRELATED = re.compile("out_dir|overwrite|device|wandb_.*")
+UNRELATED = re.compile("out_dir|overwrite|device|backend|log_interval|save_.*|sample_tokens|wandb_.*")
 HUGE = 1e30  # A figure of a run that is larger, or not finite, is left out.
 PICTURES = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}  # first bytes of each kind of picture
 
@@ -200,7 +200,7 @@ def table(lines):
     rows = [["run", *keys, "seeds", "steps", "tokens", "time", "last validation loss", "best"]]
     for name, runs in lines:
         seconds = [run.seconds for run in runs]
-        time = "-" if None in seconds else str(timedelta(seconds=round(statistics.mean(seconds))))
+        time = "-" if None in seconds else clock_time(round(statistics.mean(seconds)))
         row = [name, *(runs[0].settings.get(key, "-") for key in keys), str(len(runs))]
         for counts in ([run.step for run in runs], [run.tokens for run in runs]):  # Seeds may have come less far.
             ends = [] if None in counts else sorted({min(counts), max(counts)})

@@ -48,7 +48,7 @@ def read_prompt(start):
         if start == "-":
             raw = sys.stdin.buffer.read()
         elif start.startswith("FILE:"):
-            raw = Path(start[5:]).read_bytes()
+            raw = Path(start[5:]).expanduser().read_bytes()
         else:
             raw = start.encode("utf-8", "surrogateescape")  # the bytes that the shell handed over
     except OSError as error:

@@ -148,7 +148,7 @@ def evaluate(model, ids, s, rt, clock, stop=None):
 
     ids (n,). The result is None where one of the processes has received the StopSignal `stop` meanwhile.
     """
-    # They are counted in steps, since no split of a step into micro-batches changes these.
+    # eval_iters counts steps, since a step has the same sequences however it is split into micro-batches.
     per_step = s.batch_size * s.gradient_accumulation_steps
     windows = data.spread(data.stream_windows(len(ids), s.block_size), per_step, s.eval_iters)
     batches = [windows[i : i + s.batch_size] for i in range(0, len(windows), s.batch_size)]

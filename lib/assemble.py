@@ -29,7 +29,7 @@ def assemble(config, state):
     shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
     for name in [*shapes, *sorted(state.keys() - shapes.keys())]:
         p, expected = state.get(name), shapes.get(name, "no weight of GPT-2")
-        if isinstance(p, torch.Tensor) and not is_plain(p):
+        if isinstance(p, torch.Tensor) and not (is_plain(p) and p.dtype in PRECISIONS):
             raise ValueError(f"{name} is of {p.dtype}, {p.layout}, on {p.device}; wanted is a plain tensor of floats")
         shape = tuple(p.shape) if isinstance(p, torch.Tensor) else "no tensor"
         if shape != expected:
@@ -53,7 +53,8 @@ def assemble(config, state):
     return model
 
 
-def is_plain(p):
-    """Whether a tensor is dense, lies in the host's memory, and has a precision that weights can have."""
-    kind = (p.layout, p.device.type, p.is_nested, p.is_neg())
-    return p.dtype in PRECISIONS and kind == (torch.strided, "cpu", False, False)
+def is_plain(value):
+    """Whether a value is a dense tensor in the host's memory that holds its numbers as they are."""
+    if type(value) is not torch.Tensor or (value.layout, value.device.type) != (torch.strided, "cpu"):
+        return False
+    return not (value.is_quantized or value.is_nested or value.is_neg())

@@ -52,8 +52,7 @@ def micro_step(work, model, s, rt, record=Recorded):
     except RuntimeError as error:
         if runtime.is_out_of_memory(error):
             raise
-        reason = " ".join(str(error).split())[:120]
-        settings.say(f"no CUDA graph of a micro-batch ({reason}); going on without it")
+        settings.say(f"no CUDA graph of a micro-batch ({settings.brief(error)}); going on without it")
     model.zero_grad(set_to_none=not isinstance(work, record))  # The runs before the recording have left theirs.
     return work
 

@@ -10,7 +10,6 @@ import math
 import os
 import re
 import shutil
-import sys
 import warnings
 import zipfile
 from collections import deque
@@ -19,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lib import files, huggingface, settings, tokenizer
-from lib.assemble import Diverged, assemble
+from lib.assemble import Diverged, assemble, is_plain
 from lib.settings import UserError
 from model import GPT, GPTConfig
 
@@ -145,17 +144,6 @@ def is_text(value):
     return isinstance(value, str)
 
 
-def is_plain(value):
-    """Whether a value is a tensor that holds its numbers itself, one beside the other."""
-    return (
-        type(value) is torch.Tensor
-        and value.layout == torch.strided
-        and value.device.type == "cpu"
-        and not value.is_quantized
-        and not value.is_nested
-    )
-
-
 def is_loss(value):
     """A loss, or infinity where there was no evaluation yet. nanoGPT's is a tensor."""
     value = value.item() if is_plain(value) and value.numel() == 1 else value
@@ -235,7 +223,7 @@ def load(path, remedy="--init_from=PATH takes another"):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # An unpickler may meet anything in a file that is not a checkpoint.
         named = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it names {named[1]}" if named else " ".join(str(error).split())[:150]
+        reason = f"it names {named[1]}" if named else settings.brief(error)
         raise UserError(f"{path} is not a checkpoint of plain data ({reason}); take another") from None
     if not isinstance(checkpoint, dict) or not {"model", "model_args"} <= checkpoint.keys():
         raise UserError(f"{path} holds no model and model_args: it is none of ours or nanoGPT's; take another")
@@ -282,7 +270,7 @@ def build(checkpoint, path):
     except Diverged as error:
         raise UserError(f"{path}: {error}; take another") from None
     except (TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:150]
+        reason = settings.brief(error)
         raise UserError(f"{path}: its weights do not fit its model_args ({reason}); take another") from None
     spec = checkpoint.get("tokenizer", "")
     if (ids := tokenizer.vocab_size_of(spec)) > config.vocab_size:
@@ -299,11 +287,11 @@ def of_run(out_dir):
     return [p for p in paths if p.is_file()]
 
 
-def newest_run(root="out"):
-    """The folder under `root`, or `root` itself, that was saved to last. Raises UserError for none."""
-    saved = [p for folder in (Path(root), *Path(root).glob("*/")) for p in of_run(folder)]
+def newest_run():
+    """The folder under out/, or out/ itself, that was saved to last. Raises UserError for none."""
+    saved = [p for folder in (Path("out"), *Path("out").glob("*/")) for p in of_run(folder)]
     if not saved:
-        raise UserError(f"there is no run under {root}/; train one, or name a model by --init_from=")
+        raise UserError("there is no run under out/; train one, or name a model by --init_from=")
     return max(saved, key=lambda p: p.stat().st_mtime).parent
 
 
@@ -389,6 +377,6 @@ def open_one(source):
         )
     model, spec = huggingface.load(source)
     V = model.config.vocab_size
-    if not spec and (spec := {50257: "gpt2", 257: "bytes"}.get(V, "")) and os.environ.get("RANK", "0") == "0":
-        settings.say(f"{source}: by its {V:,} ids it is taken to have the tokenizer {spec!r}", file=sys.stderr)
+    if not spec and (spec := next((name for name, t in tokenizer.TOKENIZERS.items() if t.vocab_size == V), "")):
+        settings.say_once(f"{source}: by its {V:,} ids it is taken to have the tokenizer {spec!r}")
     return Opened(model, str(source), None, spec or f"{tokenizer.UNKNOWN}{source} has {V:,} ids", "", 0)

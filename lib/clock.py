@@ -41,7 +41,6 @@ class Clock:
         self.mean_seconds = deque(maxlen=20)  # of a step, at the last lines of the log
         self.has_spoken = False  # whether the time of the whole was said
         self.part_began = self.said = 0.0  # when the step or the evaluation began, and last said how far it is
-        self.bar = ""  # what stands on the terminal's line
 
     def begin_step(self, steps):
         """Begin a step, after which `steps` - 1 are left."""
@@ -56,7 +55,7 @@ class Clock:
 
     def end_step(self):
         """Note the time of a step. After the first one, say what all take if that is long."""
-        self.clear()
+        settings.show_bar("")
         self.step_seconds.append(time.perf_counter() - self.began)
         if not self.has_spoken:
             self.speak(self.step_seconds[-1])
@@ -84,15 +83,8 @@ class Clock:
         if self.rt.rank or now - self.part_began < (QUIET_ON_TERMINAL if self.is_terminal else QUIET):
             return
         if self.is_terminal:
-            self.clear()
-            self.bar = f"{what} [{'#' * round(20 * done / count):20}] {done} of {count} " if done < count else ""
-            settings.say(self.bar, file=sys.stderr, end="")
+            bar = f"{what} [{'#' * round(20 * done / count):20}] {done} of {count} "
+            settings.show_bar(bar if done < count else "")
         elif now - self.said >= QUIET and done < count:
             self.said = now
             settings.say(f"{what} {done} of {count}", file=sys.stderr)
-
-    def clear(self):
-        """Take the bar from the terminal's line."""
-        if self.bar:
-            settings.say("\r" + " " * len(self.bar) + "\r", file=sys.stderr, end="")
-            self.bar = ""

@@ -43,9 +43,9 @@ CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f\x7f]")  # rare in a text
 # ---- reading a dataset ----
 
 
-def names(root="data"):
+def names():
     """The datasets there are."""
-    return sorted({p.parent.name for p in Path(root).glob("[!.]*/*.bin")})
+    return sorted({p.parent.name for p in Path("data").glob("[!.]*/*.bin")})
 
 
 class Dataset:
@@ -56,13 +56,13 @@ class Dataset:
     meta.json does not describe one.
     """
 
-    def __init__(self, name, root="data"):
-        self.name, self.folder, self.checksums = name, Path(root, name), {}
+    def __init__(self, name):
+        self.name, self.folder, self.checksums = name, Path("data", name), {}
         self.validation = None  # what validation_ids() gives, once it has been read
         self.paths = {s: p for s in TOKEN_FILES if files.is_file(p := self.folder / f"{s}.bin")}
         self.has_meta = files.is_file(self.folder / "meta.json")
         if not self.paths and not self.has_meta:
-            known = ", ".join(names(root)) or "none yet"
+            known = ", ".join(names()) or "none yet"
             can_be_made = name.isprintable() and name == Path(name).name and name[:1] not in ("", ".")
             raise UserError(
                 f"there is no dataset {str(self.folder)!r} (there: {known}); `python prepare_text.py FILES --dataset="
@@ -74,7 +74,7 @@ class Dataset:
             self.tokenizer_spec, self.vocab_size = meta["tokenizer"], meta["vocab_size"]
             self.dtype, self.splits = np.dtype(meta["dtype"]).newbyteorder("<"), meta["splits"]
         else:
-            self.tokenizer_spec = tokenizer.nanogpt_spec(name, root=root)
+            self.tokenizer_spec = tokenizer.nanogpt_spec(name)
             self.vocab_size = tokenizer.vocab_size_of(self.tokenizer_spec)
             self.dtype = np.dtype("<u2")
             self.splits = {split: dict.fromkeys((*COUNTS, "sha256")) for split in self.paths}
@@ -140,7 +140,8 @@ class Dataset:
             self.validation = self.text_ids("val") if "val" in self.paths else ()
         if len(self.validation) < 2:
             raise UserError(
-                f"{self.folder} has no val split of two tokens or more; prepare one, or train by --eval_interval=0"
+                f"{self.folder} has no val split of two tokens or more; prepare one, or train without by "
+                "--eval_interval=0 --patience=0"
             )
         return self.validation
 
@@ -165,9 +166,9 @@ class Dataset:
 
 def what_else(tokens, vocab_size):
     """What a file that was opened as uint16 ids (n,) is instead, as the end of a sentence; '' for ids."""
-    # A sign is only what real ids can't be: the beginning of another kind of file, a text, or numbers of another type
-    # that all are ids. Real ids, read as another type, soon are fractions or beyond the vocabulary. Only swapped bytes
-    # are ids again, so there the order at hand has to be impossible, or to make each id a multiple of 256.
+    # Each test asks for what ids never are. Ids that are read as another type soon give a fraction or a number beyond
+    # the vocabulary, so a file whose numbers all are ids has that type. Bytes may give ids in both orders. They count
+    # as swapped only where an id is beyond the vocabulary as it stands, or where each is a multiple of 256.
     head = tokens[: 1 << 15].tobytes()
     for magic, what in MAGIC.items():
         if head.startswith(magic) and (len(magic) > 3 or tokens.max() >= vocab_size):

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 
 def beginning(s, rt, dataset, model, state):
     """What is known of a run when it begins, or when a command goes on with it: a dict for run.json."""
-    versions = {name: version(name) for name in ("torch", "numpy", "tiktoken")} | {"python": platform.python_version()}
+    versions = {name: version(name) for name in ("torch", "numpy")} | {"python": platform.python_version()}
     return {
         "command": sys.argv,
         "settings": asdict(s),

@@ -18,7 +18,7 @@ def choose_batch_size(model, s, start, rt):
     On a GPU these are the largest that fit, and elsewhere the fastest. Their size divides each process's share, and all
     processes take the smallest that one of them has found. Gradients are dropped.
     """
-    if not s.auto_batch_size or start.keeps_batch_size:
+    if not s.auto_batch_size or start.keeps_batch_size or s.eval_only:
         return
     sequences = s.batch_size * s.gradient_accumulation_steps
     share = sequences // rt.world_size

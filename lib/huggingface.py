@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import sys
 from concurrent.futures import Future, wait
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
@@ -91,8 +90,8 @@ def download(source):
         received = size(cache)
         Thread(target=fetch, daemon=True).start()
         # What is in the cache already takes less than 2 seconds.
-        if not wait([outcome], min(2, SILENCE)).done and os.environ.get("RANK", "0") == "0":
-            settings.say(f"fetching {repo} from the hub", file=sys.stderr)
+        if not wait([outcome], min(2, SILENCE)).done:
+            settings.say_once(f"fetching {repo} from the hub")
         while not wait([outcome], SILENCE).done:
             before, received = received, size(cache)
             if received == before:
@@ -100,7 +99,7 @@ def download(source):
                 raise TimeoutError(f"no byte came in {SILENCE} seconds")
         return Path(outcome.result())
     except Exception as error:  # The hub's client lets through what its HTTP library raises.
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        reason = f"{type(error).__name__}: {settings.brief(error)}"
         raise UserError(
             f"{source} cannot be had from the hub ({reason}); without a network, give a checkpoint or a folder"
         ) from None

@@ -130,7 +130,7 @@ def encode_pieces(tok, dtype, pieces):
     """
     splits = {}
     for split, text, begins, ends, known in pieces:
-        ids, counted = splits.setdefault(split, ([], []))
+        ids, piece_counts = splits.setdefault(split, ([], []))
         encoded = tok.encode(text).astype(dtype)
         ids += [np.array([tok.eot], dtype), encoded] if begins else [encoded]
         counts = {
@@ -140,8 +140,8 @@ def encode_pieces(tok, dtype, pieces):
             "lines": text.count("\n") + (ends and text[-1:] not in ("", "\n")),
             "bytes": len(text) if text.isascii() else len(text.encode()),
         }
-        counted.append(counts | known)
-    return {split: (np.concatenate(ids), counted) for split, (ids, counted) in splits.items()}
+        piece_counts.append(counts | known)
+    return {split: (np.concatenate(ids), piece_counts) for split, (ids, piece_counts) in splits.items()}
 
 
 def add_counts(total, counts):
@@ -157,11 +157,11 @@ class SplitFile:
         self.file, self.lists_documents = file, lists_documents
         self.hash, self.totals, self.documents = hashlib.sha256(), {}, []
 
-    def add(self, ids, counted):
-        """Append ids. `counted` holds the counts of each piece that they encode."""
+    def add(self, ids, piece_counts):
+        """Append ids. `piece_counts` holds the counts of each piece that they encode."""
         self.file.write(ids.data)
         self.hash.update(ids.data)
-        for counts in counted:
+        for counts in piece_counts:
             add_counts(self.totals, counts)
             if self.lists_documents:
                 self.documents += [{}] if counts["documents"] else []
@@ -194,13 +194,13 @@ def encode_into(folder, name, tok, dtype, pieces, total_bytes, threads):
             return f"{done / (time.perf_counter() - began):,.0f} tokens/s"
 
         def write_oldest():
-            for split, (ids, counted) in queue.popleft().result().items():
+            for split, (ids, piece_counts) in queue.popleft().result().items():
                 if split not in written:
                     file = stack.enter_context(open(folder / f"{split}.bin", "wb"))
                     # The train split may have millions of documents, and nothing needs the counts of each.
                     written[split] = SplitFile(file, lists_documents=split != "train")
-                written[split].add(ids, counted)
-                bar.update(sum(counts["bytes"] or 0 for counts in counted))
+                written[split].add(ids, piece_counts)
+                bar.update(sum(counts["bytes"] or 0 for counts in piece_counts))
             bar.set_postfix_str(rate(), refresh=False)
 
         group, size, begins = [], 0, True
@@ -224,7 +224,7 @@ def encode_into(folder, name, tok, dtype, pieces, total_bytes, threads):
 # ---- writing data/NAME ----
 
 
-def write(name, tok, pieces, total_bytes, accept=None, root="data", threads=0):
+def write(name, tok, pieces, total_bytes, accept=None, threads=0):
     """Encode `pieces`, an iterable of (split, text, is_last), into data/NAME. Returns the content of its meta.json.
 
     total_bytes: about the bytes of all pieces, for the progress bar. threads: 0 is one for each core.
@@ -233,7 +233,7 @@ def write(name, tok, pieces, total_bytes, accept=None, root="data", threads=0):
     returned. `accept` rejects the data by an exception. Raises UserError where there is no text, or no room for it.
     """
     dtype = np.dtype("<u2") if tok.vocab_size <= 1 << 16 else np.dtype("<u4")
-    with temporary_folder(name, "partial", root) as partial:
+    with temporary_folder(name, "partial") as partial:
         splits = encode_into(partial, name, tok, dtype, pieces, total_bytes, threads or os.cpu_count())
         if not splits:
             raise UserError(f"there is no text to make data/{name} of; name a source that holds some")
@@ -245,15 +245,15 @@ def write(name, tok, pieces, total_bytes, accept=None, root="data", threads=0):
         with open(partial / "meta.json", "w", encoding="utf-8") as f:
             f.write(text)
             files.sync(f)
-        put_in_place(partial, Path(os.path.realpath(Path(root, name))), splits)
+        put_in_place(partial, Path(os.path.realpath(Path("data", name))), splits)
         return meta
 
 
 @contextlib.contextmanager
-def temporary_folder(name, suffix, root="data"):
+def temporary_folder(name, suffix):
     """A new folder on the disk of data/NAME, which is removed in the end. A full disk is a UserError."""
-    folder = Path(os.path.realpath(Path(root, name)))  # data/NAME may be a link to a larger disk.
-    if Path(root, name).is_symlink() and not folder.parent.exists():
+    folder = Path(os.path.realpath(Path("data", name)))  # data/NAME may be a link to a larger disk.
+    if Path("data", name).is_symlink() and not folder.parent.exists():
         raise UserError(f"data/{name} is a link to {folder}, whose disk is not there; mount it, or remove the link")
     # A rename works within one disk only. A folder that exists may be the root of a disk; its parent is on another.
     path = folder / f".{suffix}" if folder.exists() else folder.with_name(f".{folder.name}.{suffix}")
@@ -279,7 +279,7 @@ def one_line(says, remedy):
     except UserError:
         raise
     except Exception as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        reason = f"{type(error).__name__}: {settings.brief(error)}"
         raise UserError(f"{says} ({reason}); {remedy}") from None
 
 
@@ -311,10 +311,10 @@ def summary(name, meta):
 
 
 @contextlib.contextmanager
-def lock(name, root="data"):
+def lock(name):
     """A lock between the processes of a machine: one of them prepares data/NAME, and the others wait."""
-    Path(root).mkdir(parents=True, exist_ok=True)
-    path = Path(root, f".{name}.lock")
+    path = Path("data", f".{name}.lock")
+    path.parent.mkdir(exist_ok=True)
     try:
         lock_file = files.lock(path, timeout=0)
     except Timeout:
@@ -326,7 +326,7 @@ def lock(name, root="data"):
         lock_file.release()
 
 
-def ensure(name, root="data"):
+def ensure(name):
     """Run prepare_NAME.py where data/NAME is missing. Only one process of a machine runs it.
 
     A name without such a script is left to data.Dataset, which lists the datasets that exist. Raises UserError where
@@ -334,10 +334,10 @@ def ensure(name, root="data"):
     """
     script = Path(__file__).parent.parent / f"prepare_{name}.py"
     # prepare_text.py does not prepare a dataset "text". It has to be told which files to read.
-    if name in data.names(root) or name == "text" or not script.exists():
+    if name in data.names() or name == "text" or not script.exists():
         return
-    with lock(f"{name}.train", root):
-        if name not in data.names(root):
+    with lock(f"{name}.train"):
+        if name not in data.names():
             settings.say(f"data/{name} is missing: running {script.name}")
             if subprocess.run([sys.executable, str(script)]).returncode:
                 raise UserError(f"{script.name} did not finish, so there is no data/{name}; it says why above")

@@ -142,7 +142,7 @@ class StopSignal:
                     os.write(2, b"stopping after this step, with a checkpoint; once more stops at once\n")
         elif time.monotonic() - self.at > 1:
             signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)
 
     def status(self):
         """The exit status of a stopped run: 128 and the signal's number. Another process may have received it."""

@@ -8,6 +8,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from lib import checkpoint
+from lib.assemble import is_plain
 from lib.settings import UserError
 
 import torch
@@ -53,7 +54,10 @@ class Start:
 
 
 def find(s, dataset, rt):
-    """The Start of a command. Raises UserError where the command contradicts what is in out_dir."""
+    """The Start of a command. A run that goes on keeps its init_from, resume_from and found batch size in the settings.
+
+    Raises UserError where the command contradicts what is in out_dir.
+    """
     last = Path(s.out_dir, "ckpt.pt")
     start = Start(stamp=stamp(last), path=checkpoint_to_resume(s, rt.restarted))
     if not start.path:
@@ -61,16 +65,18 @@ def find(s, dataset, rt):
             rt.say(f"this evaluates a new model, and {last} is there; --init_from=resume evaluates that")
         return start
     start.ckpt = load(start.path)
+    start.in_place = is_same(start.path, last)
+    if start.in_place:
+        check_origin(s, start.ckpt)
     changes = check_agreement(start.ckpt, start.path, s, dataset)
     start.state = State(**{name: start.ckpt[key] for name, key in KEYS.items()})
-    start.in_place = is_same(start.path, last)
     then = start.ckpt["config"]
     if s.init_from not in ("scratch", "resume", then["init_from"]):
         raise UserError(
             f"{start.path} is of a run from init_from={then['init_from']}; go on without --init_from={s.init_from}, "
             "or begin a run from that in another --out_dir"
         )
-    start.keeps_batch_size = keeps_batch_size(s, then) and then["gradient_accumulation_steps"] % rt.world_size == 0
+    start.keeps_batch_size = has_found_batch_size(s, then) and then["gradient_accumulation_steps"] % rt.world_size == 0
     if start.keeps_batch_size:
         s.batch_size, s.gradient_accumulation_steps = then["batch_size"], then["gradient_accumulation_steps"]
     s.init_from = then["init_from"]  # A resume does not change where the run's first weights came from.
@@ -149,13 +155,6 @@ def checkpoint_to_resume(s, restarted):
         check_overwrite(s)
         return Path(s.resume_from) if s.resume_from else None
     if last.exists():
-        if s.resume_from and not is_same(s.resume_from, last):
-            began_from = load(last).get("config", {}).get("resume_from")
-            if not began_from or not is_same(began_from, s.resume_from):
-                raise UserError(
-                    f"{s.out_dir} holds another run, and resume_from={s.resume_from} begins a new one; take another "
-                    "--out_dir, or --overwrite=True, which removes what is there"
-                )
         return last
     if last.is_symlink():
         raise UserError(
@@ -167,6 +166,17 @@ def checkpoint_to_resume(s, restarted):
             "--overwrite=True, which removes what is there"
         )
     return Path(s.resume_from) if s.resume_from else None
+
+
+def check_origin(s, ckpt):
+    """Raise UserError where the run in out_dir, of which `ckpt` is the ckpt.pt, did not begin from s.resume_from."""
+    began_from = ckpt.get("config", {}).get("resume_from")
+    sources = [Path(s.out_dir, "ckpt.pt"), *([began_from] if began_from else [])]
+    if s.resume_from and not any(is_same(s.resume_from, path) for path in sources):
+        raise UserError(
+            f"{s.out_dir} holds another run, and resume_from={s.resume_from} begins a new one; take another "
+            "--out_dir, or --overwrite=True, which removes what is there"
+        )
 
 
 def files_of_run(out_dir):
@@ -221,7 +231,7 @@ def check_agreement(ckpt, path, s, dataset):
             "--resume_from, in another --out_dir or by --overwrite=True"
         )
     check_consistency(ckpt, path)
-    unsaid = ("batch_size", "gradient_accumulation_steps") if keeps_batch_size(s, then) else ()
+    unsaid = ("batch_size", "gradient_accumulation_steps") if has_found_batch_size(s, then) else ()
     unsaid += MAY_DIFFER_UNSAID
     changed = [key for key, value in now.items() if key not in unsaid and then.get(key, value) != value]
     return [f"{key} {then[key]} -> {now[key]}" for key in changed]
@@ -231,8 +241,8 @@ def sequences_per_step(config):
     return config["batch_size"] * config["gradient_accumulation_steps"]
 
 
-def keeps_batch_size(s, then):
-    """Whether a size of micro-batches that was found stays, since those of another size draw another dropout."""
+def has_found_batch_size(s, then):
+    """Whether a size of micro-batches was found, and stays, since those of another size draw another dropout."""
     return s.auto_batch_size and then.get("auto_batch_size") is True
 
 
@@ -315,7 +325,7 @@ def misfit(saved, groups, numbered, steps):
 def misfit_of_moment(name, moment, p, steps):
     """Why a saved moment can't be that of the parameter p after so many steps; '' where it can."""
     shape = () if name == "step" else p.shape
-    if not checkpoint.is_plain(moment) or moment.shape != shape or moment.dtype != torch.float32:
+    if not is_plain(moment) or moment.shape != shape or moment.dtype != torch.float32:
         return "of another shape"
     if not moment.is_contiguous() or moment.untyped_storage().nbytes() < 4 * moment.numel():
         return "that does not hold its numbers"

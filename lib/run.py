@@ -1,7 +1,8 @@
 """What a command writes into a run's folder, and what of it is on the disk; W&B.
 
 out_dir holds ckpt.pt (all that it takes to go on), best.pt and final.pt (weights), ckpt_iter_N.pt and ckpt_epoch_N.pt
-(kept for good), metrics.jsonl and .lock. Of several processes only the first one writes. All see the same State.
+(kept for good), metrics.jsonl, run.json, samples.txt and .lock. Of several processes only the first one writes. All see
+the same State.
 """
 
 import contextlib
@@ -37,6 +38,8 @@ class Run:
         self.out, self.ckpt_path = Path(s.out_dir), Path(s.out_dir, "ckpt.pt")
         self.began_at = start.state.step if start.path else None  # the step of the checkpoint that was resumed
         self.saved = copy.deepcopy(start.state) if start.in_place else None  # the State in ckpt.pt; None for no file
+        # Without evaluations the split is not read, and the best loss stays that of the text before.
+        self.val_sha256 = dataset.checksums.get("val") or start.ckpt.get("val_sha256", "")
         self.best_loss = start.state.best_val_loss  # the validation loss of best.pt
         self.has_final = False  # whether final.pt is on the disk, with the weights of the last step
         self.failed_at = None  # time.monotonic() at which ckpt.pt could not be written; None where it could
@@ -216,7 +219,7 @@ class Run:
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
                 "data_sha256": self.dataset.checksums["train"],
-                "val_sha256": self.dataset.checksums.get("val", ""),
+                "val_sha256": self.val_sha256,
                 "wandb_run_id": self.wandb.id,
             }
         self.check_folder()
@@ -349,7 +352,7 @@ class WandB:
         try:
             action(*args, **kwargs)
         except Exception as error:  # A service may raise anything.
-            settings.say(f"W&B failed ({' '.join(str(error).split())[:200]}); training goes on without it")
+            settings.say(f"W&B failed ({settings.brief(error)}); training goes on without it")
             self.run = None
 
     def log(self, row):

@@ -318,7 +318,7 @@ def compile_parts(model, rt, batch_size, block_size):
             raise
         model.uncompile_parts()
         torch._dynamo.reset()
-        reason = " ".join(str(error).split())[:120]
+        reason = settings.brief(error)
         settings.say(f"compile failed ({type(error).__name__}: {reason}); going on without it")
     finally:
         model.zero_grad(set_to_none=True)

@@ -36,6 +36,8 @@ SHARED_BY = ("train.py", "eval.py", "sample.py")
 # An editor may turn the two hyphens of an option into a longer dash.
 DASHES = "-\N{HYPHEN}\N{EN DASH}\N{EM DASH}\N{HORIZONTAL BAR}\N{MINUS SIGN}"
 
+standing = ""  # the bar on the terminal, which has no end of line
+
 
 class UserError(Exception):
     """A mistake of the user's. Its message is one line that says what is wrong and what to do about it."""
@@ -100,9 +102,32 @@ def drop_unwritten_output():
 
 
 def say(text, file=None, end="\n"):
-    """Print a line. A full disk or a closed terminal does not end the program."""
+    """Print a line, without the bar that may stand there. A full disk or a closed terminal does not end the program."""
+    show_bar("")
     with contextlib.suppress(OSError):
         print(text, file=file, end=end, flush=True)
+
+
+def say_once(text):
+    """Print a line on stderr. Of the processes that torchrun starts only the first one speaks."""
+    if os.environ.get("RANK", "0") == "0":
+        say(text, file=sys.stderr)
+
+
+def show_bar(bar):
+    """Let a bar stand on the terminal's line, in the place of the one before; '' is none."""
+    global standing
+    with contextlib.suppress(OSError):
+        if standing:
+            print("\r" + " " * len(standing) + "\r", file=sys.stderr, end="", flush=True)
+        standing = bar
+        if bar:
+            print(bar, file=sys.stderr, end="", flush=True)
+
+
+def brief(error):
+    """The beginning of what an error says, for a part of a line."""
+    return " ".join(str(error).split())[:200]
 
 
 def end(message, status):
@@ -115,8 +140,8 @@ def load(cls, argv=None, positional="", command_line_only=(), bare_means=""):
     """An instance of the dataclass `cls` from its defaults, the config files and the --key=value arguments in `argv`.
 
     Bare arguments are config files. Where `positional` names a setting, they are its values instead. A config file does
-    not set the keys in `command_line_only`. `bare_means` is the setting that a bare argument may have been meant for.
-    `--help` prints the settings and ends the program with status 0. Raises UserError.
+    not set the keys in `command_line_only`. `bare_means` is the setting that a bare argument may have been meant for: a
+    text, in which a ~ stays. `--help` prints the settings and ends the program with status 0. Raises UserError.
     """
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
@@ -139,7 +164,7 @@ def load(cls, argv=None, positional="", command_line_only=(), bare_means=""):
             raise UserError(f"{arg}: a checkpoint is not a config file, write {example('init_from', [arg], str)}")
         bare.append(arg)
     if positional:
-        return cls(**at_home(given, but=bare_means), **{positional: tuple(bare)})
+        return cls(**at_home(given, but=bare_means), **{positional: tuple(map(home_for_tilde, bare))})
     values = {}
     for path in bare:
         if not os.path.isfile(path):
@@ -154,11 +179,12 @@ def load(cls, argv=None, positional="", command_line_only=(), bare_means=""):
 
 def at_home(values, but):
     """Settings with the home folder for a ~ at their beginning, which no shell puts after `=`. `but` stays as it is."""
+    return {k: home_for_tilde(v) if isinstance(v, str) and k != but else v for k, v in values.items()}
 
-    def expanded(text):
-        return ",".join(os.path.expanduser(part) if part[:2] == "~/" else part for part in text.split(","))
 
-    return {k: expanded(v) if isinstance(v, str) and k != but else v for k, v in values.items()}
+def home_for_tilde(text):
+    """A path, or several with commas between them, with the home folder for ~."""
+    return ",".join(os.path.expanduser(part) if part[:2] == "~/" else part for part in text.split(","))
 
 
 def refuse_setting(arg, following, hints):
@@ -204,7 +230,7 @@ def read_file(path, known):
         line = (error.lineno or 1) if in_file else (frames or [1])[-1]
         raise UserError(f"{path}:{line}: {type(error).__name__}: {error}; a config file is plain Python") from None
     lines = {n.id: n.lineno for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-    # Names that an = binds. A function or a module under another name of the file may be called what a setting is.
+    # A setting that an = makes a function or a module is a slip. A def, a class or an import may have a setting's name.
     symbols = symtable.symtable(source, path, "exec").get_symbols()
     assigned = {s.get_name() for s in symbols if s.is_assigned() and not s.is_imported() and not s.is_namespace()}
     values = {}

@@ -63,12 +63,12 @@ def find(arguments):
         for path in map(Path, paths):
             for each in files_in(path) if path.is_dir() else [path]:
                 sources.setdefault(each.resolve(), each)
-    empty = [p for p in sources.values() if isinstance(p, Path) and p.is_file() and p.stat().st_size == 0]
+    empty = {k: p for k, p in sources.items() if isinstance(p, Path) and p.is_file() and p.stat().st_size == 0}
     if empty:
-        settings.say(f"left out {prepare.counted(len(empty), 'empty file')}, the first is {empty[0]}")
+        settings.say(f"left out {prepare.counted(len(empty), 'empty file')}, the first is {next(iter(empty.values()))}")
     if len(sources) == len(empty):
         raise UserError("these paths hold no text; name files that do")
-    return [p for p in sources.values() if p not in empty]
+    return [p for k, p in sources.items() if k not in empty]
 
 
 def files_in(folder):

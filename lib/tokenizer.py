@@ -65,7 +65,7 @@ class Gpt2Tokenizer:
 
         specials = {ENDOFTEXT: self.eot}
         self.tiktoken = tiktoken.Encoding(
-            "gpt2", pat_str=r50k_pat_str, mergeable_ranks=gpt2_ranks(), special_tokens=specials, explicit_n_vocab=50257
+            "gpt2", pat_str=r50k_pat_str, mergeable_ranks=gpt2_ranks(), special_tokens=specials
         )
 
     def encode(self, text):
@@ -171,9 +171,9 @@ def read_meta_pkl(path):
         raise UserError(f"{path} is not a nanoGPT character vocabulary ({error}); prepare the data again") from None
 
 
-def nanogpt_spec(dataset, root="data"):
+def nanogpt_spec(dataset):
     """The tokenizer's spec of nanoGPT's data, or of a checkpoint trained on them: its meta.pkl's, else GPT-2's."""
-    pickled = Path(root, dataset, "meta.pkl")
+    pickled = Path("data", dataset, "meta.pkl")
     return read_meta_pkl(pickled).spec if dataset and files.is_file(pickled) else "gpt2"
 
 

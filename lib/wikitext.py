@@ -19,7 +19,7 @@ HUB = {"train": "train", "val": "validation", "test": "test"}
 # Rows and words are those published with the corpora. Tokens are GPT-2's of the joined rows.
 VAL_AND_TEST = {
     "val": {"lines": 3_760, "words": 213_886, "tokens": 247_289},
-    "test": {"lines": 4_358, "words": 241_211, "tokens": 283_287},
+    "test": {"lines": 4_358, "words": 241_211, "bytes": 1_287_656, "tokens": 283_287},
     # The harness counts the two ends of a page as words too. The bytes are those of the raw lines.
     "val_lm_eval": {"documents": 60, "words": 213_886 + 2 * 60, "bytes": 1_146_785},
     "test_lm_eval": {"documents": 62, "words": 241_211 + 2 * 62, "bytes": 1_290_527},

@@ -248,18 +248,18 @@ def test_documents_keep_their_order_on_any_number_of_threads(cwd, threads):
 
 @quick
 @given(texts=st.lists(odd_text, min_size=1, max_size=4))
-def test_a_document_in_pieces_counts_as_one(tmp_path_factory, file, texts):
-    root, tok = tmp_path_factory.mktemp("data"), tokenizer.BytesTokenizer()
+def test_a_document_in_pieces_counts_as_one(file, texts):
+    tok = tokenizer.BytesTokenizer()
     with piece_size(5):
         pieces = []
         for text in texts:
             file.write_bytes(text.encode())
             pieces += [("train", piece, last) for piece, last in prepare.read_pieces(file)]
-        meta = prepare.write("d", tok, iter(pieces), 1, root=root, threads=1)
+        meta = prepare.write("d", tok, iter(pieces), 1, threads=1)
     texts = [t.removeprefix("\ufeff") for t in texts]
     assert {k: meta["splits"]["train"][k] for k in COUNTS} == slow_counts(tok, texts)
     ids = [i for t in texts for i in (tok.eot, *t.encode())]
-    assert data.Dataset("d", root).tokens("train").tolist() == ids
+    assert data.Dataset("d").tokens("train").tolist() == ids
 
 
 @needs_wikitext

@@ -376,10 +376,13 @@ def test_resume_from_begins_a_folder_of_its_own():
     # What began so is gone on with, however the path is written, and with or without the setting.
     for source in ("out/a/ckpt.pt", "./out/b/../a/ckpt.pt", os.path.abspath("out/a/ckpt.pt"), ""):
         assert begins(out_dir="out/b", resume_from=source) == "out/b/ckpt.pt"
+        resume.check_origin(settings_of(out_dir="out/b", resume_from=source), checkpoint.load("out/b/ckpt.pt"))
     # A run's own last checkpoint is where it goes on anyway.
     assert begins(resume_from="out/a/ckpt.pt") == "out/a/ckpt.pt"
+    resume.check_origin(settings_of(resume_from="out/a/ckpt.pt"), checkpoint.load("out/a/ckpt.pt"))
     for out_dir, source in (("out/b", "out/a/ckpt_iter_4.pt"), ("out/a", "out/b/ckpt.pt"), ("out/a", "nowhere.pt")):
-        assert "holds another run" in refusal(begins, out_dir=out_dir, resume_from=source)
+        s = settings_of(out_dir=out_dir, resume_from=source)
+        assert "holds another run" in refusal(resume.check_origin, s, checkpoint.load(f"{out_dir}/ckpt.pt"))
 
 
 @pytest.mark.parametrize("name", ["best.pt", "final.pt", "ckpt_iter_4.pt", "metrics.jsonl", "eval_test.json"])

@@ -190,11 +190,12 @@ def test_a_broken_meta_pkl_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [lambda path: path.symlink_to("/nowhere"), os.mkfifo, Path.mkdir])
-def test_a_meta_pkl_that_is_no_file_is_not_taken_for_none(tmp_path, kind):
-    (tmp_path / "n").mkdir()
-    assert tokenizer.nanogpt_spec("n", root=tmp_path) == "gpt2"
-    kind(tmp_path / "n" / "meta.pkl")
-    assert "meta.pkl is a link that leads nowhere" in refusal(tokenizer.nanogpt_spec, "n", root=tmp_path)
+def test_a_meta_pkl_that_is_no_file_is_not_taken_for_none(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    Path("data/n").mkdir(parents=True)
+    assert tokenizer.nanogpt_spec("n") == "gpt2"
+    kind(Path("data/n/meta.pkl"))
+    assert "meta.pkl is a link that leads nowhere" in refusal(tokenizer.nanogpt_spec, "n")
 
 
 @pytest.mark.parametrize(("dataset", "ids"), [("n", 3), ("n", 2), ("other", 50257), ("other", 50304), ("other", 50256)])
