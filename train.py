@@ -43,7 +43,7 @@ class Settings:
     n_head: int = 12  # attention heads
     n_embd: int = 768  # channels
     n_inner: int = 0  # width of the MLP; 0 is 4 * n_embd
-    dropout: float = 0.0  # share that is dropped of embeddings, attention and residual branches
+    dropout: float = 0.0  # share that is dropped of embeddings, attention and residual branches; 0 is off
     bias: bool = True  # biases in linear layers and layer norms
     # optimizer
     optimizer: Literal["adamw", "muon"] = "adamw"  # adamw, muon (for the blocks' matrices, with AdamW for the rest)
@@ -58,7 +58,7 @@ class Settings:
     max_epochs: float = 0.0  # passes over the train split instead of max_iters; 0 is off
     lr_schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"  # cosine, linear, wsd, constant
     cooldown_frac: float = 0.4  # share of the steps, the last ones up to lr_decay_iters, in which wsd lowers the rate
-    decay_lr: bool = True  # whether the rate decays; False is lr_schedule=constant
+    decay_lr: bool = True  # False takes the highest rate in every step, without warm-up and schedule
     warmup_iters: int = 2000  # steps of linear warm-up
     lr_decay_iters: int = 0  # the step at which the rate reaches min_lr; 0 is the end of the run
     min_lr: float = 6e-5  # the lowest rate
@@ -88,10 +88,6 @@ class Settings:
     wandb_log_checkpoints: bool = False  # True uploads each ckpt.pt and best.pt as an artifact
 
 
-# After so many steps in a row with a non-finite loss or gradient, a run is not going to recover.
-MAX_SKIPPED_IN_A_ROW = 5
-
-
 def check(s):
     """Raise UserError for settings that make no sense, alone or together."""
     settings.check(
@@ -116,9 +112,11 @@ def check(s):
 
 def learning_rate_at(step, s, max_iters):
     """The rate of a step, counted from 0: linear warm-up, lr_schedule from learning_rate to min_lr, then min_lr."""
+    if not s.decay_lr:
+        return s.learning_rate
     if step < s.warmup_iters:
         return s.learning_rate * (step + 1) / (s.warmup_iters + 1)
-    if s.lr_schedule == "constant" or not s.decay_lr:
+    if s.lr_schedule == "constant":
         return s.learning_rate
     last = s.lr_decay_iters or max_iters
     first = max(s.warmup_iters, (1 - s.cooldown_frac) * last) if s.lr_schedule == "wsd" else s.warmup_iters
@@ -192,7 +190,8 @@ def make_model(s, start, dataset, rt):
             model.crop_block_size(s.block_size)
             cropped = f"cropped the model's {positions:,} positions to {s.block_size:,}, and an export has as many"
             rt.say(f"{cropped}; --block_size={positions} keeps them")
-        rt.say(f"starting from {opened.name}{resume.unused_shape(s, model.config)}")
+        unused = resume.unused_shape(s, vars(model.config))
+        rt.say(f"starting from {opened.name}" + f"; {unused}" * bool(unused))
     for key in resume.SHAPE:
         setattr(s, key, getattr(model.config, key))
     model.set_dropout(s.dropout)
@@ -267,15 +266,15 @@ def train(s, writer):
     val_ids = dataset.validation_ids() if s.eval_only or s.eval_interval else None
     sequences_per_epoch = data.blocks_per_epoch(len(tokens), s.block_size)
     tokens_per_step = sequences_per_step * s.block_size
-    steps_of_epochs = math.ceil(s.max_epochs * sequences_per_epoch / sequences_per_step)
+    steps_of_epochs = math.ceil(round(s.max_epochs * sequences_per_epoch / sequences_per_step, 6))
     max_iters = steps_of_epochs or s.max_iters or ahead.planned_iters(Settings)
     processes.meet_all(rt, s.backend)
     rt.say(rt.why)
     length = f"{max_iters:,} steps" + (f" by max_epochs={s.max_epochs:g}" if s.max_epochs else "")
     steps_per_epoch = sequences_per_epoch / sequences_per_step
-    epoch = f"{len(tokens):,} tokens or {steps_per_epoch:,.1f} steps an epoch"
-    rt.say(f"{tokens_per_step:,} tokens a step, {epoch}, {length}")
-    for line in ahead.warnings(s, max_iters, steps_per_epoch):
+    size = f"{dataset.size('train'):,} tokens, {tokens_per_step:,} a step"
+    rt.say(f"{size}, {steps_per_epoch:,.1f} steps an epoch, {length}")
+    for line in ahead.warnings(s, max_iters, steps_per_epoch) if not s.eval_only else ():
         rt.say(line)
 
     # ---- model and optimizer, of a run to go on with or of a new one ----
@@ -301,14 +300,14 @@ def train(s, writer):
     micro_step = make_micro_step(trained, scaler, accumulation, s, rt)
     batches = micro_batches(tokens, dataset.vocab_size, s, rt, state.sequence)
     if not s.max_iters:
-        rt.say(ahead.estimate(micro_step, batches, accumulation, max_iters, steps_per_epoch, clock))
+        rt.say(ahead.estimate(micro_step, batches, accumulation, optimizer, max_iters, steps_per_epoch, clock))
         return 0
     run = Run(s, rt, writer, start, model, optimizer, scaler, dataset)
     start.ckpt = {}  # This gives its memory back.
 
     # ---- the loop ----
     stop, stopping = processes.StopSignal(rt), False
-    ready, skipped_in_a_row = next(batches), 0
+    ready = next(batches)
     peak = rt.peak_flops() * rt.world_size
     while True:
         # -- the state is the one after `state.step` steps: evaluate it, save it, log it
@@ -348,17 +347,8 @@ def train(s, writer):
         weight_norm = torch.nn.utils.get_total_norm(model.parameters()) if is_logged else torch.zeros_like(norm)
         loss, signals, norm, weight_norm = torch.cat([sums, torch.stack([norm, weight_norm])]).tolist()
         stopping = signals > 0
-        if math.isfinite(loss) and math.isfinite(norm):
+        if run.takes_step(loss, norm):
             scaler.step(optimizer)
-            skipped_in_a_row = 0
-        else:
-            state.skipped += 1
-            # float16 skips some steps while it looks for a loss scale. At a scale of 1, or with none, the run diverges.
-            skipped_in_a_row += not scaler.is_enabled() or scaler.get_scale() <= 1
-            which = f"step {state.step + 1:,} skipped, no. {state.skipped:,} of the run"
-            rt.say(f"{which}: loss {loss}, gradient norm {norm}")
-            if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
-                raise run.diverged(f"{MAX_SKIPPED_IN_A_ROW} steps in a row were not finite")
         scaler.update()
         optimizer.zero_grad(set_to_none=not isinstance(micro_step, captured.Recorded))
         state.step, state.sequence = state.step + 1, state.sequence + sequences_per_step

@@ -17,7 +17,8 @@ def smaller_batch(s):
     accumulation = s.gradient_accumulation_steps * divisor
     same = f"--batch_size={s.batch_size // divisor} --gradient_accumulation_steps={accumulation}"
     same += " --auto_batch_size=False" * s.auto_batch_size
-    return f" with batch_size={s.batch_size}; {same} trains the same in less"
+    masks = ", but for other dropout" * (s.dropout > 0)
+    return f" with batch_size={s.batch_size}; {same} trains the same in less{masks}"
 
 
 def warnings(s, max_iters, steps_per_epoch):
@@ -41,12 +42,12 @@ def warnings(s, max_iters, steps_per_epoch):
         )
     if s.sample_tokens and not s.eval_interval:
         lines.append(f"sample_tokens={s.sample_tokens} follows evaluations, and eval_interval=0 makes none; set one")
-    if 0 < s.lr_decay_iters <= s.warmup_iters and s.decay_lr and s.lr_schedule != "constant":
+    if s.decay_lr and 0 < s.lr_decay_iters <= s.warmup_iters and s.lr_schedule != "constant":
         lines.append(
             f"the warm-up of {s.warmup_iters:,} steps ends no sooner than the rate reaches min_lr, at lr_decay_iters="
             f"{s.lr_decay_iters}, so that it drops at once; --warmup_iters={s.lr_decay_iters // 20}"
         )
-    if max_iters and s.warmup_iters >= max_iters:
+    if s.decay_lr and max_iters and s.warmup_iters >= max_iters:
         lines.append(
             f"the warm-up of {s.warmup_iters:,} steps is no shorter than the run of {max_iters:,}, so that the rate "
             f"does not reach learning_rate; --warmup_iters={max_iters // 20}"
@@ -67,8 +68,8 @@ def planned_iters(cls):
     return settings.load(cls, [arg for arg in sys.argv[1:] if arg.replace("-", "_") != "__max_iters=0"]).max_iters
 
 
-def estimate(micro_step, batches, accumulation, max_iters, steps_per_epoch, clock, limit=10.0):
-    """A line on the time of a step, an epoch and the whole. Weights do not change, gradients are dropped.
+def estimate(micro_step, batches, accumulation, optimizer, max_iters, steps_per_epoch, clock, limit=10.0):
+    """A line on the time of a step, an epoch and the whole. Weights do not change: the optimizer has a rate of 0.
 
     A step is measured by the median of its micro-batches: of all of them and at least five, or of those that fit into
     `limit` seconds, at least one. One more goes first and warms up.
@@ -81,7 +82,14 @@ def estimate(micro_step, batches, accumulation, max_iters, steps_per_epoch, cloc
         micro_step(x, y).item()  # This waits for the device.
         seconds.append(time.perf_counter() - start)
         clock.at("micro-batch", min(2, len(seconds)), 2)
-    step = accumulation * statistics.median(seconds[1:])
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    for _ in range(2):  # The first time it makes its moments.
+        start = time.perf_counter()
+        optimizer.step()
+        optimizer.param_groups[0]["params"][0].sum().item()  # This waits for the device.
+        of_optimizer = time.perf_counter() - start
+    step = accumulation * statistics.median(seconds[1:]) + of_optimizer
     line = f"a step takes about {duration(step)}, an epoch {duration(step * steps_per_epoch)}"
     line += f", the whole {duration(step * max_iters)} without evaluations" if max_iters else ""
     line += " and without what the processes send each other" * (clock.rt.world_size > 1)

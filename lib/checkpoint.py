@@ -6,6 +6,7 @@ SCHEMA and RUN_SCHEMA list them all.
 """
 
 import contextlib
+import glob
 import math
 import os
 import re
@@ -25,6 +26,7 @@ from model import GPT, GPTConfig
 import torch
 
 FORMAT = 1
+FOLDER_MARK = 0x10  # attribute of a zip archive's record that is a folder
 
 
 # ---- writing ----
@@ -206,18 +208,25 @@ def load(path, remedy="--init_from=PATH takes another"):
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"there is no checkpoint {path}; check the path")
+        inside = beside(path / "*")
+        remedy = f"it is a folder, name one of its files ({inside})" if inside else "check the path"
+        raise UserError(f"there is no checkpoint {path}; {remedy}")
     try:
-        # torch.load does not look at the archive's checksums.
+        # torch.load does not look at the archive's checksums. It takes a record that is marked as a folder for empty.
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
+            marked = (record.filename for record in archive.infolist() if record.external_attr & FOLDER_MARK)
+            damaged = archive.testzip() or next(marked, None)
+    except PermissionError as error:
+        raise UserError(f"{path} can't be read ({error.strerror}); give yourself the right to read it") from None
     except OSError as error:
         raise UserError(f"{path} can't be read ({error.strerror or error}); it may be whole, so try again") from None
     except Exception as error:  # zipfile may meet anything in damaged bytes.
         damaged = str(error) or type(error).__name__
+    if damaged and is_of_old_torch(path):
+        converts = "torch.save(torch.load(PATH, weights_only=True), NEW) converts it"
+        raise UserError(f"{path} is in the format that torch had before 1.6; {converts}")
     if damaged:
-        others = ", ".join(p.name for p in sorted(path.parent.glob("*.pt")) if p != path) or "none"
-        raise UserError(f"{path} is damaged ({damaged}); {remedy} (beside it: {others})")
+        raise UserError(f"{path} is damaged ({damaged}); {remedy} (beside it: {beside(path) or 'none'})")
     try:
         with warnings.catch_warnings(action="ignore"):  # What torch thinks of an odd tensor is not for the user.
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -233,6 +242,17 @@ def load(path, remedy="--init_from=PATH takes another"):
     if checkpoint.get("format", FORMAT) > FORMAT:
         raise UserError(f"{path} was written by a newer version of this program; update this one")
     return checkpoint
+
+
+def beside(path):
+    """The names of the other checkpoints in a path's folder."""
+    return ", ".join(p.name for p in sorted(path.parent.glob("*.pt")) if p != path)
+
+
+def is_of_old_torch(path):
+    """Whether a file that is no zip archive begins as the pickles of old do."""
+    with open(path, "rb") as file:
+        return file.read(2) == b"\x80\x02" and not zipfile.is_zipfile(path)
 
 
 def check_whole(checkpoint, path):
@@ -263,6 +283,8 @@ def weights(model):
 def build(checkpoint, path):
     """The model that a checkpoint's dict holds. Raises UserError where its weights do not fit its shape."""
     try:
+        if "n_head" not in checkpoint["model_args"]:  # No weight's shape tells it.
+            raise ValueError("n_head is missing")
         config = GPTConfig(**checkpoint["model_args"], n_inner=checkpoint.get("n_inner", 0))
         # The wrappers of torch.compile and DDP leave prefixes in nanoGPT's files, and its older attention a mask.
         state = {k.replace("_orig_mod.", "").removeprefix("module."): v for k, v in checkpoint["model"].items()}
@@ -323,8 +345,11 @@ def open_run(out_dir="", init_from=""):
 
 
 def names_in(source):
-    """The models that --init_from names: one, or several with commas between them."""
-    return [source] if os.path.exists(source) else [name for name in str(source).split(",") if name] or [source]
+    """The models that --init_from names: one, or several with commas between them, or by a glob."""
+    if os.path.exists(source):
+        return [source]
+    parts = [part for part in str(source).split(",") if part] or [source]
+    return [name for part in parts for name in sorted(glob.glob(str(part))) or [part]]
 
 
 def open_model(source):

@@ -106,6 +106,10 @@ class Dataset:
                 raise UserError(f"{path} holds {size // width:,} ids, meta.json says {expected:,}; prepare it again")
         return np.memmap(path, self.dtype, mode="r")
 
+    def size(self, split):
+        """The tokens of a split: without its end-of-texts, where meta.json knows them."""
+        return self.splits[split]["tokens"] or len(self.tokens(split))
+
     def verify(self, split):
         """Read a split once, and return its sha256.
 

@@ -29,7 +29,7 @@ def beginning(s, rt, dataset, model, state):
         "data": {
             "dataset": dataset.name,
             "sha256": dataset.checksums["train"],
-            "tokens": len(dataset.tokens("train")),
+            "tokens": dataset.size("train"),
         },
         "parameters": model.num_params(),
         "first_step": state.step,  # A new run by --resume_from begins at its checkpoint's step.
@@ -88,13 +88,14 @@ def summary(found):
 
 
 def read_rows(path):
-    """The rows of a metrics.jsonl that are whole; none where there is no file."""
+    """The rows of a metrics.jsonl that are whole, which have numbers or null alone; none where there is no file."""
     rows = []
     with suppress(OSError):
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             with suppress(ValueError, RecursionError):
                 row = json.loads(line)
-                rows += [row] if isinstance(row, dict) else []
+                is_row = isinstance(row, dict) and all(v is None or type(v) in (int, float) for v in row.values())
+                rows += [row] if is_row and None not in (row.get("step"), row.get("tokens")) else []
     return rows
 
 

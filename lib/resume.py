@@ -19,7 +19,7 @@ SHAPE = ("n_layer", "n_head", "n_embd", "n_inner", "bias")
 MUST_AGREE = ("block_size", *SHAPE, "seed", "optimizer")
 NEEDED = (*MUST_AGREE, "batch_size", "gradient_accumulation_steps", "init_from")
 MAY_DIFFER_UNSAID = ("out_dir", "init_from", "resume_from", "overwrite", "eval_only")
-# A run leaves these in out_dir. Only --overwrite=True removes them, but a run that goes on removes its final.pt.
+# A run leaves these in out_dir. Only --overwrite=True removes them.
 FILES = ("ckpt.pt", "best.pt", "final.pt", "ckpt_iter_*.pt", "ckpt_epoch_*.pt", "eval_*.json", "metrics.jsonl")
 FILES += ("run.json", "samples.txt")
 
@@ -71,11 +71,10 @@ def find(s, dataset, rt):
     changes = check_agreement(start.ckpt, start.path, s, dataset)
     start.state = State(**{name: start.ckpt[key] for name, key in KEYS.items()})
     then = start.ckpt["config"]
-    if s.init_from not in ("scratch", "resume", then["init_from"]):
-        raise UserError(
-            f"{start.path} is of a run from init_from={then['init_from']}; go on without --init_from={s.init_from}, "
-            "or begin a run from that in another --out_dir"
-        )
+    if s.init_from not in ("scratch", "resume") and not is_same(s.init_from, then["init_from"]):
+        changes.append(f"its weights came from init_from={then['init_from']}, and {s.init_from} is not read")
+    if then["init_from"] != "scratch" and (unused := unused_shape(s, then)):
+        changes.append(unused)
     start.keeps_batch_size = has_found_batch_size(s, then) and then["gradient_accumulation_steps"] % rt.world_size == 0
     if start.keeps_batch_size:
         s.batch_size, s.gradient_accumulation_steps = then["batch_size"], then["gradient_accumulation_steps"]
@@ -89,7 +88,7 @@ def find(s, dataset, rt):
         start.state.row.pop("val_loss", None)
         if is_other_split:
             changes.append("the validation split is another one")
-        changes.append("the best loss counts anew, with a new best.pt")
+        changes.append("the best loss counts anew" + ", with a new best.pt" * (not s.eval_only))
     if has_other_validation or not start.in_place:
         # An older best.pt does not count. The best so far is this checkpoint, if it was evaluated.
         val_loss = start.state.row.get("val_loss")
@@ -227,8 +226,8 @@ def check_agreement(ckpt, path, s, dataset):
         wrong.append(f"the tokenizer was {ckpt['tokenizer'][:40]!r} and is {dataset.tokenizer_spec[:40]!r}")
     if wrong:
         raise UserError(
-            f"{path} can't be resumed: {'; '.join(wrong)}; undo that, or start a new run without "
-            "--resume_from, in another --out_dir or by --overwrite=True"
+            f"{path} can't be resumed: {'; '.join(wrong)}; undo that, or start a new run"
+            f"{' without --resume_from,' * bool(s.resume_from)} in another --out_dir or by --overwrite=True"
         )
     check_consistency(ckpt, path)
     unsaid = ("batch_size", "gradient_accumulation_steps") if has_found_batch_size(s, then) else ()
@@ -252,6 +251,7 @@ def check_consistency(ckpt, path):
     wrong = [key for key in ("block_size", *SHAPE) if model_args.get(key) != config[key]]
     wrong += ["sequence_index"] if ckpt["sequence_index"] != ckpt["iter_num"] * sequences_per_step(config) else []
     wrong += ["skipped_steps"] if ckpt["skipped_steps"] > ckpt["iter_num"] else []
+    wrong += ["row"] if ckpt["row"].get("step", ckpt["iter_num"]) != ckpt["iter_num"] else []
     if wrong:
         raise UserError(f"{path} can't be resumed: its {wrong[0]} contradicts the rest of it; take another checkpoint")
 
@@ -268,10 +268,10 @@ def is_kind_of(value, example):
 
 
 def unused_shape(s, config):
-    """What to say of a shape in the settings that a model which was opened does not have; '' for none."""
-    unused = [key for key in SHAPE if getattr(s, key) not in (getattr(config, key), getattr(type(s), key))]
+    """What to say of a shape in the settings that is not the one in the config (a dict) of the model; '' for none."""
+    unused = [key for key in SHAPE if getattr(s, key) not in (config[key], getattr(type(s), key))]
     given = ", ".join(f"{key}={getattr(s, key)}" for key in unused)
-    return f"; its own shape stays, without {given}" if given else ""
+    return f"its own shape stays, without {given}" if given else ""
 
 
 def restore(start, optimizer, scaler):

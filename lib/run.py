@@ -22,6 +22,7 @@ import torch
 from filelock import Timeout
 
 RETRY_SECONDS = 60  # from a ckpt.pt that could not be written to the next attempt
+MAX_SKIPPED_IN_A_ROW = 5  # steps without a finite loss and gradient after which a run is not going to recover
 
 
 class Run:
@@ -36,7 +37,9 @@ class Run:
         self.s, self.rt, self.writer, self.state, self.dataset = s, rt, writer, start.state, dataset
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
         self.out, self.ckpt_path = Path(s.out_dir), Path(s.out_dir, "ckpt.pt")
-        self.began_at = start.state.step if start.path else None  # the step of the checkpoint that was resumed
+        self.branched_at = start.state.step if start.path and not start.in_place else None  # the step it begins at
+        self.loss = 0.0  # the newest loss of the weights
+        self.skipped_in_a_row = 0
         self.saved = copy.deepcopy(start.state) if start.in_place else None  # the State in ckpt.pt; None for no file
         # Without evaluations the split is not read, and the best loss stays that of the text before.
         self.val_sha256 = dataset.checksums.get("val") or start.ckpt.get("val_sha256", "")
@@ -103,6 +106,7 @@ class Run:
         state = self.state
         self.rt.say(f"step {state.step:,} | val loss {val_loss:.4f}, perplexity {math.exp(min(val_loss, 99)):.2f}")
         state.row |= {"step": state.step, "tokens": state.sequence * self.s.block_size, "val_loss": val_loss}
+        self.loss = val_loss
         if not math.isfinite(val_loss):
             raise self.diverged(f"the validation loss is {val_loss}")
         # Only the first process knows of a best.pt that could not be written.
@@ -110,20 +114,39 @@ class Run:
         state.worse = 0 if val_loss < state.best_val_loss else state.worse + 1
         state.best_val_loss = min(state.best_val_loss, val_loss)
         self.sample_is_due = self.writes and self.s.sample_tokens > 0
-        self.save_is_due |= self.s.always_save_checkpoint or val_loss == state.best_val_loss
+        self.save_is_due |= self.s.always_save_checkpoint or state.worse == 0
+
+    def takes_step(self, loss, norm):
+        """Whether a step with this loss and gradient norm is taken. One that is not finite is skipped.
+
+        Raises UserError where the run does not recover.
+        """
+        self.loss = loss
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.skipped_in_a_row = 0
+            return True
+        self.state.skipped += 1
+        # float16 skips some steps while it looks for a loss scale. At a scale of 1, or with none, the run diverges.
+        self.skipped_in_a_row += not self.scaler.is_enabled() or self.scaler.get_scale() <= 1
+        which = f"step {self.state.step + 1:,} skipped, no. {self.state.skipped:,} of the run"
+        self.rt.say(f"{which}: loss {loss}, gradient norm {norm}")
+        if self.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
+            raise self.diverged(f"{MAX_SKIPPED_IN_A_ROW} steps in a row were not finite")
+        return False
 
     def save_what_is_due(self, kept_names):
         """Write ckpt.pt and best.pt where it is time for them. ckpt.pt keeps this state under `kept_names`."""
         state = self.state
-        # The run that wrote the resumed checkpoint has kept this step already, by its own settings.
-        kept_names = kept_names if state.step != self.began_at else []
+        # The run that a new one begins from has kept this step already.
+        kept_names = kept_names if state.step != self.branched_at else []
         retry = self.failed_at is not None and time.monotonic() - self.failed_at > RETRY_SECONDS
-        if self.saved != state and (kept_names or retry or self.save_is_due):
+        # Weights whose loss is not finite do not take the place of good ones.
+        if math.isfinite(self.loss) and self.saved != state and (kept_names or retry or self.save_is_due):
             self.failed_at, self.save_is_due = None, False
             self.save("ckpt.pt", kept_names)
         # The row tells whether these weights are the best, since a resumed run may have been killed between ckpt.pt and
         # best.pt. Random weights are not worth a file.
-        is_best = state.row.get("val_loss") == state.best_val_loss
+        is_best = state.worse == 0 and state.row.get("val_loss") == state.best_val_loss
         if is_best and (state.step or self.s.init_from != "scratch"):
             self.save("best.pt")
         if self.sample_is_due:
@@ -159,6 +182,8 @@ class Run:
 
     def finish(self, interrupted):
         """Bring the last step to the disk, and final.pt unless interrupted. Raises UserError where there is no room."""
+        if not math.isfinite(self.loss):
+            raise self.diverged(f"the loss is {self.loss}")
         if not self.writes:
             return
         self.collect(wait=True)
@@ -167,15 +192,15 @@ class Run:
             self.collect(wait=True)
         if self.saved != self.state:
             raise UserError(f"the last steps are not saved: {self.remedy}, and {self.same_command} goes on")
-        rows = describe.read_rows(self.out / "metrics.jsonl")
-        outcome = describe.outcome(rows, self.description["first_step"], self.state, self.rt)
-        self.write_description(**outcome)
-        self.rt.say(describe.summary(outcome))
         if not interrupted:
             self.save("final.pt")
             self.collect(wait=True)
             if not self.has_final:
                 raise UserError(f"final.pt is not written: {self.remedy}, and {self.same_command} writes it")
+        rows = describe.read_rows(self.out / "metrics.jsonl")
+        outcome = describe.outcome(rows, self.description["first_step"], self.state, self.rt)
+        self.write_description(**outcome)
+        self.rt.say(describe.summary(outcome))
 
     def close(self):
         if self.writes:
@@ -242,8 +267,6 @@ class Run:
                 is_first, self.saved = self.saved is None, write.about
                 if is_first:
                     self.write_description()
-                with contextlib.suppress(IsADirectoryError, PermissionError):  # A folder of that name is no weights.
-                    (self.folder / "final.pt").unlink(missing_ok=True)  # It is of a run that is longer now.
             if write.path.name == "best.pt":
                 self.best_loss = write.about.best_val_loss
             self.has_final = write.path.name == "final.pt"

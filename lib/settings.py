@@ -20,6 +20,7 @@ import difflib
 import inspect
 import io
 import math
+import numbers
 import os
 import re
 import shlex
@@ -73,6 +74,7 @@ def keep_standard_files():
             os.fstat(fd)
         except OSError:  # The next file that is opened would get the number of a closed one.
             os.open(os.devnull, os.O_RDWR)
+    sys.stdin = sys.stdin or open(os.devnull)  # Python has None for a closed one.
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # A name that is not UTF-8 must not end a run when it is printed.
             stream.reconfigure(errors="backslashreplace")
@@ -162,6 +164,8 @@ def load(cls, argv=None, positional="", command_line_only=(), bare_means=""):
             raise UserError(f"{arg}: no space follows a comma, write {shlex.quote(argv[i - 1] + arg)}")
         if "init_from" in hints and arg.endswith(".pt"):
             raise UserError(f"{arg}: a checkpoint is not a config file, write {example('init_from', [arg], str)}")
+        if positional and arg.partition("=")[0] in hints and "=" in arg and not os.path.exists(arg):
+            refuse_setting(arg, [], hints)
         bare.append(arg)
     if positional:
         return cls(**at_home(given, but=bare_means), **{positional: tuple(map(home_for_tilde, bare))})
@@ -199,6 +203,8 @@ def refuse_setting(arg, following, hints):
         wrong = "a value is missing" if has_dashes and not equals else "settings begin with two dashes"
         values = [text.strip()] if equals else following
         raise UserError(f"{arg}: {wrong}, write {example(meant, values, hints[meant])}")
+    if text.endswith(".py") and os.path.isfile(text):
+        raise UserError(f"{arg}: a config file is named alone, write {shlex.quote(text)}")
     if has_dashes or equals and is_one_word:
         raise UserError(f"{arg}: unknown setting {key!r}{guess(key, hints)[1]}; --help lists them all")
 
@@ -229,6 +235,10 @@ def read_file(path, known):
         in_file = isinstance(error, SyntaxError) and error.filename == path  # False for text that the file evaluates
         line = (error.lineno or 1) if in_file else (frames or [1])[-1]
         raise UserError(f"{path}:{line}: {type(error).__name__}: {error}; a config file is plain Python") from None
+    for node in tree.body:  # YAML's `key: value` and JSON's braces are Python too, and bind no name.
+        is_bare = isinstance(node, ast.Expr) and not isinstance(node.value, (ast.Constant, ast.Call))
+        if is_bare or isinstance(node, ast.AnnAssign) and node.value is None:
+            raise UserError(f"{path}:{node.lineno}: this sets nothing; a config file is Python, with key = value")
     lines = {n.id: n.lineno for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
     # A setting that an = makes a function or a module is a slip. A def, a class or an import may have a setting's name.
     symbols = symtable.symtable(source, path, "exec").get_symbols()
@@ -252,6 +262,9 @@ def read_file(path, known):
 
 def no_such_file(path, bare_means):
     """What to say of a bare argument that is no config file."""
+    for key, name in (("init_from", "config.json"), ("out_dir", "*.pt")):
+        if any(Path(path).glob(name)):
+            return f"{path}: this folder is no config file; write {example(key, [path], str)}"
     close = difflib.get_close_matches(path, map(str, Path("config").glob("*.py")), n=1, cutoff=0.4)
     hint = f"did you mean {close[0]}?" if close else "it is looked for from the current folder"
     if bare_means and not path.endswith(".py"):
@@ -320,13 +333,16 @@ def convert(key, value, hint, where, is_text=False):
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     kind = origin or hint
     wanted = "True or False" if kind is bool else "a whole number" if kind is int else "a number"
+    if isinstance(value, numbers.Number) and hasattr(value, "item"):  # numpy's
+        value = value.item()
     if origin is typing.Literal:
         for choice in args:
             if (str(choice).lower() == value.lower()) if is_text else (type(choice), choice) == (type(value), value):
                 return choice
-        wanted = "one of " + ", ".join(map(str, args))
+        wanted = "one of " + ", ".join(str(choice) for choice in args if choice != "")
     elif kind is str:
         wanted = "text in quotes"
+        value = os.fspath(value) if isinstance(value, Path) else value
         if isinstance(value, str):
             # No name of a file has these. Python keeps an argument's bytes that are not UTF-8 as the other surrogates.
             if not (refused := re.search("[\0\ud800-\udc7f\udd00-\udfff]", value)):
@@ -345,8 +361,15 @@ def convert(key, value, hint, where, is_text=False):
     elif not isinstance(value, bool) and isinstance(value, str if is_text else (int, float)):
         with contextlib.suppress(ValueError, OverflowError):
             return number(value, kind)
-    at = where if is_text else f"{where}: {key} = {value!r}"
+    at = where if is_text else f"{where}: {key} = {shown(value)}"
     raise UserError(f"{at}: {key} takes {wanted}")
+
+
+def shown(value):
+    """The beginning of a value's text. Python refuses that of a number of some thousand digits."""
+    with contextlib.suppress(ValueError):
+        return brief(repr(value))
+    return type(value).__name__
 
 
 def number(value, kind):

@@ -52,6 +52,7 @@ def settings_of(**more):
         ({"warmup_iters": 150, "lr_decay_iters": 100, "decay_lr": False}, 200, 100, []),
         ({"warmup_iters": 2000}, 2000, 100, ["--warmup_iters=100"]),
         ({"warmup_iters": 2000}, 2001, 100, []),
+        ({"warmup_iters": 2000, "decay_lr": False}, 2000, 100, []),
         ({"warmup_iters": 2000}, 0, 100, []),  # of a length that is not known
     ],
 )
@@ -171,13 +172,26 @@ def test_max_iters_0_is_an_estimate_that_writes_nothing(train):
 
 def test_what_is_ahead_is_said_before_a_run_begins(train):
     out = train("--out_dir=out/a", "--warmup_iters=50")[1].partition("step 0")[0]
-    assert "tokens or 68.9 steps an epoch, 12 steps" in out and "GFLOP a token, about" in out and "GB" in out
+    assert "68.9 steps an epoch, 12 steps" in out and "GFLOP a token, about" in out and "GB" in out
     assert "warning: the warm-up of 50 steps is no shorter than the run of 12" in out
     assert len(rows("out/a")) == 13
 
 
+class SlowSGD(torch.optim.SGD):
+    """An optimizer whose step takes 3 seconds, and the first one a minute."""
+
+    def __init__(self, time):
+        super().__init__([torch.nn.Parameter(torch.ones(2))], lr=1.0)
+        self.time, self.seconds = time, iter([60.0, 3.0])
+        self.param_groups[0]["params"][0].grad = torch.ones(2)
+
+    def step(self):
+        self.time.now += next(self.seconds)
+        super().step()
+
+
 @pytest.mark.parametrize(("accumulation", "count"), [(1, 6), (8, 9), (1000, 13)])
-def test_an_estimate_is_of_the_median_micro_batch(time, accumulation, count):
+def test_an_estimate_is_of_the_median_micro_batch_and_of_an_optimizer_s_step(time, accumulation, count):
     """The first one, which warms up, does not count, and one that another program disturbs hardly does."""
     seconds = iter([9.0, 0.1, 0.1, 0.7, *[0.1] * 20])
 
@@ -187,11 +201,10 @@ def test_an_estimate_is_of_the_median_micro_batch(time, accumulation, count):
 
     batches = ((i, None, None) for i in range(100))
     limit = 10.75  # seconds: those of twelve, and a part of one more
-    line = ahead.estimate(micro_step, batches, accumulation, 3, 2, clock.Clock(runtime.choose("cpu")), limit)
-    assert (
-        line.startswith(f"a step takes about {clock.duration(0.1 * accumulation)}, an epoch")
-        and next(batches)[0] == count
-    )
+    optimizer, watch = SlowSGD(time), clock.Clock(runtime.choose("cpu"))
+    line = ahead.estimate(micro_step, batches, accumulation, optimizer, 3, 2, watch, limit)
+    assert line.startswith(f"a step takes about {clock.duration(0.1 * accumulation + 3)}, an epoch")
+    assert next(batches)[0] == count and optimizer.param_groups[0]["params"][0].tolist() == [1.0, 1.0]
 
 
 def test_an_estimate_warns_of_the_run_that_is_configured(train):

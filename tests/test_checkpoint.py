@@ -89,6 +89,37 @@ def test_any_flipped_byte_of_a_tensor_is_found(path):
             checkpoint.load(path)
 
 
+def test_a_record_that_is_marked_as_a_folder_is_found(path):
+    """torch would take its tensor for empty, and leave in it what the memory held."""
+    whole = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        count, at = len(archive.infolist()), archive.start_dir
+    for _ in range(count):
+        path.write_bytes(whole[: at + 38] + bytes([whole[at + 38] ^ 0x10]) + whole[at + 39 :])
+        with pytest.raises(UserError, match="damaged"):
+            checkpoint.load(path)
+        at += 46 + sum(int.from_bytes(whole[i : i + 2], "little") for i in (at + 28, at + 30, at + 32))
+
+
+def test_a_file_of_torch_before_1_6_is_named_and_its_remedy_is_true(path, tmp_path):
+    old, new = tmp_path / "old.pt", tmp_path / "new.pt"
+    torch.save(torch.load(path, weights_only=True), old, _use_new_zipfile_serialization=False)
+    assert "in the format that torch had before 1.6; torch.save(torch.load(PATH" in refusal(checkpoint.load, old)
+    torch.save(torch.load(old, weights_only=True), new)
+    assert checkpoint.load(new).keys() == checkpoint.load(path).keys()
+
+
+def test_a_folder_and_a_file_without_the_right_to_read_it_are_named(path, monkeypatch):
+    says = refusal(checkpoint.load, path.parent)
+    assert says.endswith(f"it is a folder, name one of its files ({path.name})")
+
+    def refuse(*args):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(zipfile, "ZipFile", refuse)
+    assert "give yourself the right to read it" in refusal(checkpoint.load, path)
+
+
 @pytest.mark.parametrize("share", [0, 0.1, 0.5, 0.99])
 def test_a_file_cut_short_is_found(path, share):
     whole = path.read_bytes()
@@ -122,6 +153,7 @@ ARGS = SHAPE | {"dropout": 0.0, "bias": True}
         ({"model_args": {"n_layer": 2}}, "do not fit"),
         ({"model_args": ARGS | {"n_embd": 16}}, "do not fit"),
         ({"model_args": ARGS | {"n_head": 3}}, "do not fit"),
+        ({"model_args": {k: v for k, v in ARGS.items() if k != "n_head"}}, "n_head is missing"),
         ({"model_args": ARGS | {"width": 3}}, "do not fit"),
         ({"model": {}}, "do not fit"),
         ({"n_inner": 12}, "do not fit"),
@@ -233,6 +265,7 @@ def test_several_checkpoints_are_the_mean_of_their_weights(tmp_path, monkeypatch
         assert (value - exact).abs().max() <= 2**-22 * max(state[key].abs().max() for state in states)
     assert opened.model.lm_head.weight is opened.model.transformer.wte.weight
     assert (opened.name, opened.path) == ("the mean of a.pt, b.pt, c.pt", None)
+    assert checkpoint.open_model("[a-c].pt").name == checkpoint.open_model("a.pt,[bc]*").name == opened.name
     assert (opened.tokenizer, opened.dataset, opened.iter_num) == (CHARS, "mine", 10)
     assert same(checkpoint.open_model("b.pt,b.pt").model, checkpoint.open_model("b.pt").model)
     checkpoint.save("a.pt,b.pt", checkpoint.load("c.pt"))  # A name may have a comma.

@@ -96,14 +96,25 @@ def test_a_whole_checkpoint_is_gone_on_with_as_it_was(whole):
             assert torch.equal(optimizer.state_dict()["state"][i][name], moment)
 
 
-def test_other_weights_to_begin_from_are_not_passed_over(whole):
+def test_a_run_goes_on_whatever_init_from_says_and_other_weights_are_not_passed_over_unsaid(whole, capsys):
     save(whole)
     began = whole["config"]["init_from"]
-    for init_from in ("scratch", "resume", began):
+    for init_from in ("scratch", "resume", began, f"./x/../{began}"):
         assert begin(settings_of(optimizer=whole["config"]["optimizer"], init_from=init_from))[0].in_place
+    assert "init_from" not in capsys.readouterr().out
     for more in ({}, {"resume_from": "out/a/ckpt.pt", "out_dir": "out/b"}):
-        says = refusal(begin, settings_of(optimizer=whole["config"]["optimizer"], init_from="a.pt,b.pt", **more))
-        assert f"out/a/ckpt.pt is of a run from init_from={began}; go on without --init_from=a.pt,b.pt" in says
+        s = settings_of(optimizer=whole["config"]["optimizer"], init_from="a.pt,b.pt", **more)
+        assert begin(s)[0].state.step == 2 and s.init_from == began
+        assert f"its weights came from init_from={began}, and a.pt,b.pt is not read" in capsys.readouterr().out
+
+
+def test_a_shape_that_a_run_from_other_weights_does_not_have_is_said(whole, capsys):
+    config = whole["config"] | {"init_from": "gpt2"}
+    save(whole | {"config": config})
+    begin(settings_of(optimizer=config["optimizer"], init_from="gpt2"))
+    assert "shape" not in capsys.readouterr().out
+    begin(settings_of(optimizer=config["optimizer"], init_from="gpt2", n_layer=7))
+    assert "its own shape stays, without n_layer=7" in capsys.readouterr().out
 
 
 def missing(*path):
@@ -252,7 +263,7 @@ def test_what_the_settings_decide_is_not_taken_from_a_file(whole):
 def test_a_run_without_a_step_has_no_moments_yet(whole):
     held = copy.deepcopy(whole)
     held["optimizer"]["state"] = {}
-    save(held | {"iter_num": 0, "sequence_index": 0})
+    save(held | {"iter_num": 0, "sequence_index": 0, "row": {}})
     _, _, optimizer = begin(settings_of(optimizer=whole["config"]["optimizer"]))
     assert optimizer.state_dict()["state"] == {}
 

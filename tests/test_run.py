@@ -46,7 +46,7 @@ class Loop:
         self.model, start = Three(), start or resume.Start()
         optimizer, scaler = torch.optim.AdamW(self.model.parameters()), torch.amp.GradScaler("cpu", enabled=False)
         dataset = SimpleNamespace(name="tiny", tokenizer_spec="bytes", checksums={"train": "0" * 64})
-        dataset.tokens = "ids of the train split".split
+        dataset.size = {"train": 5}.get
         self.run = Run(self.s, self.rt, self.writer, start, self.model, optimizer, scaler, dataset)
         self.state = start.state
         self.model.numbers.data.fill_(self.state.step)
@@ -182,7 +182,7 @@ def test_the_end_saves_the_last_step_and_its_weights(background):
     assert on_disk() == {"ckpt.pt": 3, "final.pt": 3}
 
 
-def test_an_interrupted_run_has_no_final_weights_and_a_longer_one_loses_those_it_had(background):
+def test_an_interrupted_run_writes_no_final_weights(background):
     loop = Loop(eval_interval=0).go(3)
     loop.run.finish(interrupted=False)
     loop.leave()
@@ -190,7 +190,7 @@ def test_an_interrupted_run_has_no_final_weights_and_a_longer_one_loses_those_it
     loop.go(2)
     assert on_disk() == {"ckpt.pt": 3, "final.pt": 3}  # Nothing later is on the disk yet.
     loop.run.finish(interrupted=True)
-    assert on_disk() == {"ckpt.pt": 5}
+    assert on_disk() == {"ckpt.pt": 5, "final.pt": 3}  # Only --overwrite=True removes anything.
 
 
 def test_a_run_killed_between_its_checkpoint_and_its_best_writes_the_best(disk):
@@ -349,6 +349,40 @@ def test_a_validation_loss_that_is_not_finite_replaces_nothing(loss, background)
     loop.step()
     assert "diverged at step 2: the validation loss is" in refusal(loop.boundary)
     assert on_disk() == {"ckpt.pt": 1, "best.pt": 1}
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_weights_whose_loss_is_not_finite_replace_nothing(interrupted):
+    loop = Loop(eval_interval=0).go(2)
+    loop.boundary(["ckpt_iter_2.pt"])
+    for step in (3, 4):
+        assert not loop.run.takes_step(math.nan, 1.0)
+        loop.step(loss=math.nan)
+        loop.boundary([f"ckpt_iter_{step}.pt"])
+    assert loop.state.skipped == 2
+    assert "diverged at step 4: the loss is nan; the last good" in refusal(loop.run.finish, interrupted=interrupted)
+    assert on_disk() == {"ckpt.pt": 2, "ckpt_iter_2.pt": 2}
+    assert loop.run.takes_step(3.0, 1.0)
+    loop.boundary(["ckpt_iter_4.pt"])
+    assert on_disk() == {"ckpt.pt": 4, "ckpt_iter_2.pt": 2, "ckpt_iter_4.pt": 4}
+
+
+def test_steps_that_are_not_finite_end_a_run_unless_a_loss_scale_is_looked_for():
+    loop = Loop(eval_interval=0)
+    for loss, norm in [(3.0, math.inf), (math.nan, 1.0)] * 2:
+        assert not loop.run.takes_step(loss, norm)
+    assert loop.run.takes_step(3.0, 1.0)  # From here on they are counted anew.
+    for _ in range(4):
+        assert not loop.run.takes_step(math.inf, 1.0)
+    assert "5 steps in a row were not finite; start with a lower" in refusal(loop.run.takes_step, math.inf, 1.0)
+    loop.run.skipped_in_a_row, loop.run.scaler = 0, torch.amp.GradScaler("cpu", init_scale=2.0)
+    loop.run.scaler.scale(torch.zeros(()))  # It has a scale from its first use on.
+    assert not any(loop.run.takes_step(3.0, math.inf) for _ in range(9))
+
+
+def test_an_evaluation_that_is_as_good_as_the_best_writes_no_checkpoint():
+    loop = Loop(5.0, 4.0, 4.0, always_save_checkpoint=False).go(2)
+    assert on_disk() == {"ckpt.pt": 1, "best.pt": 1} and loop.state.worse == 1
 
 
 def test_weights_that_are_not_finite_replace_nothing():

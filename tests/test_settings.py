@@ -458,6 +458,9 @@ def test_a_file_does_not_set_what_only_the_command_line_may(write):
 def test_bare_arguments_go_to_the_positional_setting():
     s = settings.load(Example, ["a.txt", "--batch_size=3", "b=c"], positional="wandb_tags")
     assert s == Example(batch_size=3, wandb_tags=("a.txt", "b=c"))
+    assert mistake(["a.txt", "batch_size=3"], positional="wandb_tags").endswith("write --batch_size=3")
+    home = os.path.expanduser("~/a*.txt")
+    assert settings.load(Example, ["~/a*.txt"], positional="wandb_tags").wandb_tags == (home,)
     assert settings.load(Example, [], positional="wandb_tags").wandb_tags == ()
 
 
@@ -493,6 +496,41 @@ def test_a_missing_file_is_answered_with_the_nearest_one(wrong, near, tmp_path, 
     assert mistake([wrong]) == f"{wrong}: no such config file; did you mean config/{near}?"
     assert mistake(["qqqq"]) == "qqqq: no such config file; it is looked for from the current folder"  # nothing is near
     assert mistake(["config"]).startswith("config: no such config file")  # a folder is not a file
+    for name, key in (("best.pt", "out_dir"), ("config.json", "init_from")):
+        (tmp_path / key).mkdir()
+        (tmp_path / key / name).touch()
+        assert mistake([key]) == f"{key}: this folder is no config file; write --{key}={key}"
+    assert mistake(["--config=config/demo.py"]).endswith("a config file is named alone, write config/demo.py")
+
+
+@pytest.mark.parametrize(
+    "text", ["batch_size: 3\n", 'x: "a"\n', '{"batch_size": 3}', "[1]", "batch_size == 3", "learning_rate: float"]
+)
+def test_a_file_that_is_no_config_file_but_runs_as_python_is_refused(text, tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("# one\n" + text)
+    if "==" in text:
+        path.write_text("batch_size = 2\n" + text)
+    line = mistake([str(path)])
+    assert line == f"{path}:2: this sets nothing; a config file is Python, with key = value"
+
+
+def test_values_that_a_program_computes_may_be_of_other_classes(tmp_path):
+    path = tmp_path / "c.py"
+    path.write_text(
+        "import numpy as np\nfrom pathlib import Path\n'a text'\nprint('hello')\n"
+        "batch_size = np.int64(7)\nlearning_rate = np.float32(0.5)\nout_dir = Path('a') / 'b'\n"
+    )
+    s = settings.load(Example, [str(path)])
+    assert (s.batch_size, s.learning_rate, s.out_dir) == (7, 0.5, os.path.join("a", "b"))
+    assert {type(value) for value in (s.batch_size, s.learning_rate, s.out_dir)} == {int, float, str}
+
+
+def test_a_number_that_python_does_not_print_is_one_line(tmp_path):
+    path = tmp_path / "c.py"
+    for key in ("batch_size", "learning_rate", "out_dir"):
+        path.write_text(f"{key} = 10**5000\n")
+        assert mistake([str(path)]).startswith(f"{path}:1: {key} = int: {key} takes")
 
 
 @pytest.mark.parametrize("dashes", ["", "-", "\N{HYPHEN}", "\N{EN DASH}", "\N{EM DASH}", "\N{EM DASH}-"])
