@@ -141,7 +141,8 @@ def next_command(dataset, meta):
     if size < min(CONFIGS) and meta["tokenizer"] == "gpt2":
         settings.say("a text of less than 1 MB suits a small model better as bytes: --tokenizer=bytes --overwrite=True")
     words = ["python", "train.py", config, f"--dataset={dataset}", f"--out_dir=out/{dataset}"]
-    return shlex.join(words + NO_EVALUATION * ("val" not in meta["splits"]))
+    has_validation = "val" in meta["splits"] and meta["splits"]["val"]["tokens"] > 1
+    return shlex.join(words + NO_EVALUATION * (not has_validation))
 
 
 def main():
@@ -155,11 +156,13 @@ def main():
         if s.dataset in data.names() and not s.overwrite:
             raise UserError(f"data/{s.dataset} exists already; --overwrite=True replaces it")
         texts = text.read(text.find(s.path), s.column, s.separator, s.skip, folder)
+        if s.separator and all(each.is_records for each in texts):
+            raise UserError("--separator does not part records, since each of them is a document; leave it out")
         if s.separator and not any(text.has(each, s.separator) for each in texts):
             raise UserError(f"--separator={s.separator!r} is in none of these files; check its spelling")
         if not sum(len(each.spans) for each in texts):
-            only = "separators" if s.separator else "empty records"
-            raise UserError(f"these files hold nothing but {only}; name files with text")
+            only = "nothing but separators" if s.separator else "no text"
+            raise UserError(f"what is named holds {only}; name files with text")
         table, cut = share_out(texts, s.val_fraction, s.seed)
         digests = np.zeros(len(table), np.uint64)
 

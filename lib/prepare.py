@@ -3,6 +3,7 @@
 import codecs
 import contextlib
 import hashlib
+import io
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import time
 import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout
 from pathlib import Path
 
 from lib import data, files, settings
@@ -22,6 +24,13 @@ import numpy as np
 from filelock import Timeout
 
 PIECE = 1 << 20  # bytes of a read, and about as many characters for a thread at a time
+# How files begin that a program has packed: (what it is, what unpacks it).
+PACKED = {
+    b"\x1f\x8b": ("gzip", "gunzip"),
+    b"\xfd7zXZ": ("xz", "unxz"),
+    b"\x28\xb5\x2f\xfd": ("zstd", "unzstd"),
+    b"BZh": ("bzip2", "bunzip2"),
+}
 NEAR = 4096  # bytes on either side of one that is not text, which tell what the file is
 
 
@@ -65,8 +74,9 @@ def advice(near, encoding):
     """What a message says of the bytes near one that is not of the encoding: what they are, and what to do."""
     if encoding == "UTF-16":
         return "; put a sound copy in its place"
-    if near.startswith(b"\x1f\x8b"):
-        return " (it is gzip); gunzip it first"
+    for magic, (what, unpacks) in PACKED.items():
+        if near.startswith(magic):
+            return f" (it is {what}); {unpacks} it first"
     if near.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return " (it is UTF-16); iconv -f UTF-16 -t UTF-8 OLD > NEW converts UTF-16"
     if re.search(rb"[^\t\n\f\r -~\x80-\xff]", near):  # Latin-1 text holds no other control bytes.
@@ -279,8 +289,23 @@ def one_line(says, remedy):
     except UserError:
         raise
     except Exception as error:
-        reason = f"{type(error).__name__}: {settings.brief(error)}"
+        reason, behind = f"{type(error).__name__}: {settings.brief(error)}", error
+        while behind := behind.__cause__ or behind.__context__:
+            if getattr(behind, "response", None) is not None:
+                reason += f", and the server has answered {behind.response.status_code}"
+                break
         raise UserError(f"{says} ({reason}); {remedy}") from None
+
+
+def library():
+    """The library `datasets`, which takes seconds to import. Raises UserError where the environment stops it."""
+    # It prints what stops it.
+    with one_line("the library datasets can't be loaded", "unset the variables HF_*"), redirect_stdout(io.StringIO()):
+        import datasets
+        from huggingface_hub.utils import logging
+
+    logging.set_verbosity_error()  # The library retries by itself, and one_line() reports what fails in the end.
+    return datasets
 
 
 def put_in_place(partial, folder, splits):

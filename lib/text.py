@@ -72,12 +72,23 @@ def find(arguments):
 
 
 def files_in(folder):
-    """The files of a folder in order, without hidden ones. Links are followed, and no folder is entered twice."""
-    found, entered = [], set()
-    for here, folders, names in os.walk(folder, followlinks=True):
+    """The files of a folder in order, without hidden ones. Links are followed, and no folder is entered twice.
+
+    Raises OSError for a folder that can't be read.
+    """
+    found, astray, entered = [], [], set()
+
+    def refuse(error):
+        raise error  # A part of the text must not be left out unsaid.
+
+    for here, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         entered.add(os.path.realpath(here))
         folders[:] = [d for d in sorted(folders) if d[0] != "." and os.path.realpath(Path(here, d)) not in entered]
-        found += [path for name in names if name[0] != "." and (path := Path(here, name)).is_file()]
+        paths = [Path(here, name) for name in names if name[0] != "."]
+        found += [path for path in paths if path.is_file()]
+        astray += [path for path in paths if path.is_symlink() and not path.exists()]
+    if astray:
+        settings.say(f"left out {prepare.counted(len(astray), 'link')} to nowhere, the first is {astray[0]}")
     return sorted(found)
 
 
@@ -134,11 +145,12 @@ def mapped(path):
 def document_spans(path, separator):
     """The offsets in bytes at which the documents of a file begin and end: int64 (n, 2). Empty ones are left out."""
     size = path.stat().st_size
-    if not separator or not size:
-        return np.array([[0, size]] if size else [], np.int64).reshape(-1, 2)
+    with open(path, "rb") as file:
+        begin = 3 if file.read(3) == codecs.BOM_UTF8 else 0  # the byte-order mark of an editor
+    if not separator or begin == size:
+        return np.array([[begin, size]] if begin < size else [], np.int64).reshape(-1, 2)
     spans, mark = array("q"), separator.encode("utf-8", "surrogateescape")
     with mapped(path) as text:
-        begin = 3 if text[:3] == b"\xef\xbb\xbf" else 0  # the byte-order mark of an editor
         while begin < size:
             at = text.find(mark, begin)
             end = at if at >= 0 else size
@@ -164,8 +176,7 @@ def record_format(source):
 
 def read_records(path, column, folder):
     """The Text of a file of one of the FORMATS, one document a record. Raises UserError."""
-    import datasets
-
+    datasets = prepare.library()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     kind = record_format(path)
     read = {"json": datasets.Dataset.from_json, "parquet": datasets.Dataset.from_parquet}.get(
@@ -179,7 +190,8 @@ def read_records(path, column, folder):
         options["batch_size"] = 1000
 
     def batches():
-        with prepare.one_line(f"{path} can't be read as records of {kind}", "mend the file"):
+        parted = {"csv": ", in which commas must part the fields", "tsv": ", in which tabs must part the fields"}
+        with prepare.one_line(f"{path} can't be read as records of {kind}", f"mend the file{parted.get(kind, '')}"):
             file = path
             # The library reads parquet from its end, and takes brackets for an address where it has to unpack.
             if path.suffix.lower() == ".gz" and (kind == "parquet" or glob.escape(str(path)) != str(path)):
@@ -204,8 +216,7 @@ def read_records(path, column, folder):
 
 def read_hub(source, column, folder):
     """The Texts of a data set of the hub, one for each of its splits. Raises UserError."""
-    import datasets
-
+    datasets = prepare.library()
     repo, _, config = source.removeprefix(HUB).partition(":")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
         raise UserError(f"{source}: write hub:OWNER/NAME, or hub:OWNER/NAME:CONFIG")
@@ -238,14 +249,14 @@ def write_records(batches, column, name, path, split):
     ends, empty = array("q", [0]), 0
     with open(path, "wb") as file, tqdm(unit=" records", unit_scale=True, desc=name, disable=None, leave=False) as bar:
         for batch in batches:
+            has_text = any(isinstance(value, str) for values in batch.values() for value in values)
+            remedy = "--column=NAME takes another" if has_text else "write .jsonl whose records have a field of text"
             if column not in batch:
-                raise UserError(
-                    f"{name} has no column {column!r} (there: {', '.join(batch)}); --column=NAME takes another"
-                )
+                raise UserError(f"{name} has no column {column!r} (there: {', '.join(batch)}); {remedy}")
             for document in batch[column]:
                 if not isinstance(document, str | None):
                     says = f"{name}: its column {column!r} holds {type(document).__name__} values and not text"
-                    raise UserError(f"{says} (there: {', '.join(batch)}); --column=NAME takes another")
+                    raise UserError(f"{says} (there: {', '.join(batch)}); {remedy}")
                 if document and not document.isspace():
                     ends.append(ends[-1] + file.write(document.encode()))
                 else:

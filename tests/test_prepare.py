@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 from lib import data, prepare, tokenizer
 from lib.settings import UserError
@@ -524,3 +525,18 @@ def test_a_dataset_without_a_script_is_left_to_dataset(cwd, name):
     write([("train", "ab")], name=name)
     prepare.ensure(name)
     assert data.Dataset(name).text_ids("train").tolist() == list(b"ab")
+
+
+def test_the_answer_of_the_server_behind_a_library_s_error_is_said():
+    class Refused(Exception):
+        response = SimpleNamespace(status_code=429)
+
+    def read():
+        with prepare.one_line("it can't be read", "try again"):
+            try:
+                raise Refused
+            except Refused as error:
+                raise FileNotFoundError("x" * 999) from error
+
+    says = f"it can't be read (FileNotFoundError: {'x' * 200}, and the server has answered 429); try again"
+    assert refusal(read) == says

@@ -1,9 +1,12 @@
 """prepare_text.py: the files and their order, text and records, the two splits, and what a mistake leaves behind."""
 
+import bz2
+import codecs
 import errno
 import gzip
 import io
 import json
+import lzma
 import os
 import shlex
 import subprocess
@@ -140,8 +143,21 @@ def test_linked_folders_are_followed_and_a_circle_ends(prepare):
     Path("texts/up").symlink_to("..")
     Path("other/deep/round").symlink_to("../..")
     Path("texts/nowhere").symlink_to("gone")
-    prepare("texts", "--val_fraction=0")
+    assert "left out 1 link to nowhere, the first is texts/nowhere" in prepare("texts", "--val_fraction=0")
     assert sorted(documents("train")) == ["one", "three", "two"]
+
+
+def test_a_folder_that_can_t_be_read_is_not_left_out_unsaid(mistake, monkeypatch):
+    write({"texts/a.txt": "one", "texts/deep/b.txt": "two"})
+    walk = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("deep"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return walk(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert mistake("texts") == "prepare_text.py: texts/deep: Permission denied; mend that, or name another"
 
 
 # ---- text in other forms ----
@@ -179,7 +195,8 @@ def test_standard_input_is_text(prepare, mistake):
     prepare("a.txt", "-", "--val_fraction=0", "--overwrite=True", stdin="pipe".encode("utf-16"))
     assert documents("train") == ["file", "pipe"]
     assert mistake("-", "--overwrite=True", stdin=b"caf\xe9").startswith("prepare_text.py: standard input: byte 3 is")
-    assert "hold nothing but" in mistake("-", "--overwrite=True")
+    for nothing in (b"", codecs.BOM_UTF8):
+        assert "what is named holds no text" in mistake("-", "--overwrite=True", stdin=nothing)
     assert no_temporary_files()
 
 
@@ -242,6 +259,10 @@ TAR = b"a.txt".ljust(512, b"\0") + b"one\n".ljust(512, b"\0")
         ("a.jsonl", '{"text": "café"}\n', "iconv -f LATIN1 -t UTF-8 OLD > NEW converts Latin-1"),
         ("a.tsv", "text\tn\ncafé\t1\n".encode("utf-16"), "iconv -f UTF-16 -t UTF-8 OLD > NEW converts UTF-16"),
         ("a.csv", PACKED, "(it is gzip); gunzip it first"),
+        ("a.txt.xz", lzma.compress(b"text"), "(it is xz); unxz it first"),
+        ("a.txt.bz2", bz2.compress(b"text" * 999), "(it is bzip2); bunzip2 it first"),
+        ("a.txt.zst", b"\x28\xb5\x2f\xfd\x04\x00", "(it is zstd); unzstd it first"),
+        ("a.csv", 'id;text\n"1;a\n', "in which commas must part the fields"),
     ],
 )
 def test_what_is_not_text_is_answered_by_what_it_is(mistake, name, content, remedy):
@@ -338,13 +359,20 @@ def test_records_without_text_are_counted(prepare):
         ('{"text": 12, "body": "x"}\n', "its column 'text' holds int values and not text (there: text, body)"),
         ('{"text": ["x"]}\n', "its column 'text' holds list values"),
         ('{"text": "x"}\n{"text": \n', "a.jsonl can't be read as records of json (ArrowInvalid"),
-        ('{"text": null}\n', "these files hold nothing but empty records"),
+        ('{"text": null}\n', "what is named holds no text"),
+        ('{"data": [{"text": "x"}]}\n', "(there: data); write .jsonl whose records have a field of text"),
     ],
 )
 def test_records_that_hold_no_text_are_one_line(mistake, content, says):
     write({"a.jsonl": content})
     assert says in mistake("a.jsonl", "--val_fraction=0")
     assert data.names() == []
+
+
+def test_a_library_that_can_t_be_loaded_is_one_line(mistake, monkeypatch):
+    write({"a.jsonl": '{"text": "one"}'})
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert "the library datasets can't be loaded (ModuleNotFoundError" in mistake("a.jsonl")
 
 
 def start(endpoint, *args):
@@ -608,7 +636,7 @@ def test_a_cut_document_with_a_copy_is_counted(prepare):
     ],
 )
 def test_the_config_fits_the_bytes(size, config, capsys):
-    meta = {"tokenizer": "gpt2", "splits": {"train": {"bytes": size - 9}, "val": {"bytes": 9}}}
+    meta = {"tokenizer": "gpt2", "splits": {"train": {"bytes": size - 9}, "val": {"bytes": 9, "tokens": 2}}}
     command = prepare_text.next_command("my notes", meta)
     assert shlex.split(command) == [
         *("python", "train.py", f"config/{config}.py", "--dataset=my notes", "--out_dir=out/my notes")
@@ -722,6 +750,7 @@ def test_no_name_is_a_mistake(script):
         (["empty.txt"], "these paths hold no text"),
         (["folder"], "these paths hold no text"),
         (["ends.txt", "--separator=<|end|>"], "nothing but separators"),
+        (["a.jsonl", "--separator=<|end|>"], "does not part records, since each of them is a document; leave it out"),
         (["a.txt"], "a.txt is one line"),
         (["a.txt", "--val_fraction=1"], "val_fraction=1.0"),
         (["a.txt", "--val_fraction=-0.1"], "val_fraction=-0.1"),
@@ -733,6 +762,7 @@ def test_no_name_is_a_mistake(script):
 )
 def test_a_mistake_says_what_is_wrong_and_leaves_no_dataset(mistake, args, says):
     write({"a.txt": "one line\n", "empty.txt": "", "ends.txt": "<|end|>\n<|end|>\n"})
+    write({"a.jsonl": '{"text": "a<|end|>b"}'})
     Path("folder").mkdir()
     assert says in mistake(*args)
     assert data.names() == []

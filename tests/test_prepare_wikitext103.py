@@ -118,7 +118,7 @@ def test_every_source_gives_the_same_tokens(prepared, kind, tmp_path):
             (source / "wikitext-2-raw-v1" / "train-00000-of-00001.parquet").write_bytes(parquet(["no\n"]))
     status, out, err = prepared(f"--source={source}", "--check=False")
     assert status == 0, err
-    assert out.count("warning: ") == 15  # for three counts of each of five splits
+    assert out.count("warning: ") == 16  # for three counts of each of five splits, and the bytes of test
     check_dataset()
 
 
