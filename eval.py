@@ -187,19 +187,22 @@ def evaluate(model, text, counts, protocol, block_size, stride, batch_size, rt):
         "tokens_scored": scored,
         "nll": nll,
         **values,
-        "loss_by_position": by_position(nlls_at, scored_at, block_size),
+        "loss_by_position": by_position(nlls_at, scored_at, max(end - begin for begin, end, _ in windows) - 1),
         "documents": len(starts),
         "standard_error": standard_errors(values, nlls, units(protocol, columns, each)),
         "document_nll": nlls.tolist(),  # for the comparison of two models on the same documents
     }
 
 
-def by_position(nlls, scored, block_size):
-    """The report's entry for each group of positions that has tokens, from the sums (G,) and the counts (G,)."""
+def by_position(nlls, scored, highest):
+    """The report's entry for each group of positions that has tokens, from the sums (G,) and the counts (G,).
+
+    highest: the highest position that is scored.
+    """
     groups = []
     for g, (nll, n) in enumerate(zip(nlls.tolist(), scored.tolist(), strict=True)):
         if n:
-            first, last = 2**g // 2 + 1, min(2**g, block_size)
+            first, last = 2**g // 2 + 1, min(2**g, highest)
             groups.append({"first": first, "last": last, "tokens_scored": n, "nll": nll, "loss": nll / n})
     return groups
 
@@ -265,7 +268,7 @@ def main():
     texts = {p: read(dataset, split, p, T, s.stride) for p in which_protocols(s.protocol, dataset, split)}
     counts = {protocol: dataset.splits[token_file(split, protocol)] for protocol in texts}
 
-    size = f"{model.num_params() / 1e6:.1f} M parameters"
+    size = f"{model.num_params() / 1e6:.4g} M parameters"
     settings.say(f"{opened.name}: {size}, step {opened.iter_num:,}; {rt.why}", file=sys.stderr)
     report = {"model": opened.name, "dataset": name, "split": split, "results": []}
     with runtime.memory_advice(lambda: f" with batch_size={s.batch_size}; take a smaller --batch_size"):

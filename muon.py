@@ -17,9 +17,11 @@ QUINTIC, STEPS = (3.4445, -4.7750, 2.0315), 5
 def orthogonalize(matrices):
     """About U V^T for each matrix U S V^T of a batch (n, rows, columns): its singular values come near 1.
 
-    On a GPU the products are in bfloat16, which is enough and fast. Elsewhere they are in the precision given.
+    On a GPU that has bfloat16 the products are in it, which is enough and fast. Elsewhere they are in the precision
+    given.
     """
-    x = matrices.bfloat16() if matrices.is_cuda else matrices
+    has_bfloat16 = matrices.is_cuda and torch.cuda.get_device_capability(matrices.device) >= (8, 0)
+    x = matrices.bfloat16() if has_bfloat16 else matrices
     x = x.mT if (tall := x.size(1) > x.size(2)) else x  # The shorter side makes the smaller products (rows, rows).
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     a, b, c = QUINTIC
@@ -39,7 +41,7 @@ def orthogonalize_together(matrices):
     own = torch.arange(share, device=matrices.device).add_(distributed.get_rank() * share).remainder_(n)
     done = orthogonalize(matrices[own])
     together = done.new_empty(processes * share, *done.shape[1:])
-    distributed.all_gather_into_tensor(together, done)
+    distributed.all_gather([*together.chunk(processes)], done)
     return together[:n]
 
 
@@ -58,6 +60,7 @@ class Muon(torch.optim.Optimizer):
     each row gets a norm of 1, with which small models learned more from each token (records/2026-11-26-muon-changes).
     The entries of the step have a root mean square of 1 / sqrt(longer side). Scaled by 0.2 sqrt(longer side) the step
     is about as large as AdamW's, so that both share learning rates and decay (Liu et al. 2025, "Muon is scalable").
+    torch.optim.Muon normalises no rows, takes one matrix at a time, and has no AdamW for the other groups.
     """
 
     def __init__(self, groups, lr, betas, momentum=0.95, eps=1e-8, fused=True):

@@ -130,14 +130,15 @@ def learning_rate_at(step, s, max_iters):
     return s.min_lr + left * (s.learning_rate - s.min_lr)
 
 
-def micro_batches(tokens, vocab_size, s, rt, first_sequence):
+def micro_batches(dataset, tokens, s, rt, first_sequence):
     """Yield this process's micro-batches without end: (index in the step, inputs, targets (B, T) each), on the device.
 
-    `first_sequence` is the first of a step. Raises UserError for an id beyond the vocabulary.
+    `first_sequence` is the first of a step. Raises UserError where the tokens have been overwritten meanwhile.
     """
     for i in itertools.count(rt.rank, rt.world_size):
         first = first_sequence + i * s.batch_size
-        batch = data.batch(tokens, s.block_size, s.seed, first, s.batch_size, vocab_size)
+        dataset.check_unchanged("train")
+        batch = data.batch(tokens, s.block_size, s.seed, first, s.batch_size, dataset.vocab_size)
         yield i % s.gradient_accumulation_steps, *rt.to_device(*batch)
 
 
@@ -298,7 +299,7 @@ def train(s, writer):
     # The model is what is evaluated and saved. `trained` is the same, wrapped in DDP where there are several processes.
     trained = processes.wrap(model, rt, s.batch_size, s.block_size)
     micro_step = make_micro_step(trained, scaler, accumulation, s, rt)
-    batches = micro_batches(tokens, dataset.vocab_size, s, rt, state.sequence)
+    batches = micro_batches(dataset, tokens, s, rt, state.sequence)
     if not s.max_iters:
         rt.say(ahead.estimate(micro_step, batches, accumulation, optimizer, max_iters, steps_per_epoch, clock))
         return 0
@@ -344,6 +345,7 @@ def train(s, writer):
         # so that all processes stop after the same step.
         sums = rt.sum(torch.stack([loss_sum, loss_sum.new_full((), stop.number)]))
         is_logged = (state.step + 1) % s.log_interval == 0 or state.step + 1 == max_iters
+        # All four are of the weights before the step.
         weight_norm = torch.nn.utils.get_total_norm(model.parameters()) if is_logged else torch.zeros_like(norm)
         loss, signals, norm, weight_norm = torch.cat([sums, torch.stack([norm, weight_norm])]).tolist()
         stopping = signals > 0

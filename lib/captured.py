@@ -5,6 +5,7 @@ it returned is overwritten.
 """
 
 from lib import runtime, settings
+from lib.settings import UserError
 
 import torch
 from torch import nn
@@ -39,10 +40,11 @@ class Recorded:
 
 
 def micro_step(work, model, s, rt, record=Recorded):
-    """work(x, y) of a micro-batch (B, T) each, which adds to a model's gradients, as a graph; itself where that fails.
+    """work(x, y) of a micro-batch (B, T) each, which adds to a model's gradients, as a graph.
 
     With a graph the gradients are tensors that stay where they are. DDP's sums can't be recorded, nor can blocks that
-    are computed again, which ask for the random state.
+    are computed again, which ask for the random state: they stay as they are. Raises UserError where recording fails,
+    since torch's allocator and its generator are in the middle of it then, and nothing can go on.
     """
     if rt.world_size > 1 or s.recompute:
         return work
@@ -52,8 +54,10 @@ def micro_step(work, model, s, rt, record=Recorded):
     except RuntimeError as error:
         if runtime.is_out_of_memory(error):
             raise
-        settings.say(f"no CUDA graph of a micro-batch ({settings.brief(error)}); going on without it")
-    model.zero_grad(set_to_none=not isinstance(work, record))  # The runs before the recording have left theirs.
+        raise UserError(
+            f"a CUDA graph of a micro-batch can't be recorded ({settings.brief(error)}); --compile=False trains without"
+        ) from None
+    model.zero_grad(set_to_none=False)  # The runs before the recording have left theirs.
     return work
 
 
@@ -85,6 +89,7 @@ class NextIds:
 
     def __call__(self, idx, cache, past, done, *how):
         if cache is None or past == 0:
+            self.cache = self.token = None  # A new prompt has a cache of its own, and needs the room of the last one's.
             return self.read(idx, cache, past, done, *how)
         if self.cache is not cache:  # Each generation has a cache, samples that are done, and a generator of its own.
             self.start(idx, cache, done, how)

@@ -25,10 +25,12 @@ def choose_batch_size(model, s, start, rt):
     memory = rt.memory() or float("inf")
     sizes = [n for n in range(1, min(share, MOST) + 1) if share % n == 0]
     sizes = [n for n in sizes if n == 1 or runtime.least_memory(model.config, s, rt, n) <= memory]
-    found = largest(model, sizes, s, rt) if rt.device.type == "cuda" else fastest(model, sizes, s, rt)
-    found = rt.least(found)
+    on_gpu = rt.device.type == "cuda"
+    found = rt.least((largest if on_gpu else fastest)(model, sizes, s, rt))
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(rt.device)  # The peak of the run is not that of the trials.
     s.batch_size, s.gradient_accumulation_steps = found, sequences // found
-    why = "the largest that fits" if rt.device.type == "cuda" else "the fastest tried"
+    why = "the largest that fits" if on_gpu else "the fastest tried"
     masks = "; another size would draw other dropout" if s.dropout else ""
     rt.say(f"batch_size {found:,}, {why}; micro-batches in a step: {s.gradient_accumulation_steps:,}{masks}")
 
@@ -48,7 +50,8 @@ def run(model, batch_size, s, rt):
 def largest(model, sizes, s, rt):
     """The largest of the sizes at which a micro-batch fits beside the optimizer's moments; else the smallest."""
     parameters = sum(p.numel() for p in model.parameters())
-    room = int(rt.memory() * KEPT_FREE) + runtime.bytes_beside_gradient(rt) * parameters
+    # From the second micro-batch of a step on the gradients are there already, which a trial does not have yet.
+    room = int(rt.memory() * KEPT_FREE) + (4 + runtime.bytes_beside_gradient(rt)) * parameters
     return next((size for size in reversed(sizes) if fits(model, size, room, s, rt)), sizes[0])
 
 
@@ -73,14 +76,21 @@ def fastest(model, sizes, s, rt):
     run(model, sizes[0], s, rt)  # This warms up.
     for size in sizes:
         times = []
-        for _ in range(2):  # The shorter of two counts, since other programs disturb.
-            start = time.perf_counter()
-            run(model, size, s, rt)
-            times.append(time.perf_counter() - start)
+        try:
+            for _ in range(2):  # The shorter of two counts, since other programs disturb.
+                start = time.perf_counter()
+                run(model, size, s, rt)
+                times.append(time.perf_counter() - start)
+        except Exception as error:  # A Mac's GPU may be full.
+            if not (best and runtime.is_out_of_memory(error)):
+                raise
+            break
         each = min(times) / size
         if each < seconds:
             best, seconds = size, each
         if each > 1.1 * seconds or time.perf_counter() - began > LIMIT:
             break
+    if rt.device.type == "mps":
+        torch.mps.empty_cache()
     runtime.give_back_freed_memory()  # The largest trial has left far more than the training takes.
     return best

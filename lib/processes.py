@@ -58,6 +58,8 @@ def meet_all(rt, backend):
     """
     if rt.world_size == 1:
         return
+    address = f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}"
+    rt.say(f"waiting for {rt.world_size} processes to meet at {address}, as WORLD_SIZE in the environment wants it")
     try:
         store, rank, world_size = next(torch.distributed.rendezvous("env://", timeout=PREPARE_TIMEOUT))
     except (torch.distributed.DistError, ValueError) as error:

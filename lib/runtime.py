@@ -33,6 +33,7 @@ PEAK_FLOPS = {
     "A40": 150e12,
     "L40S": 362e12,
     "L4": 121e12,
+    "V100-PCIE": 112e12,
     "V100": 125e12,
     "T4": 65e12,
     "RTX 4090": 165e12,
@@ -68,6 +69,8 @@ class Runtime:
         if self.device.type != "cuda" or self.dtype == torch.float32:
             return 0
         name = torch.cuda.get_device_name(self.device)
+        if re.search(r" MIG |-\d+[ACQ]$", name):  # This is a part of a card.
+            return 0
         return next(
             (peak for part, peak in PEAK_FLOPS.items() if re.search(rf"\b{part}\b(?! (Ti|Laptop|D|NVL)\b)", name)), 0
         )

@@ -547,3 +547,26 @@ def test_a_batch_of_windows_pairs_each_input_with_the_id_after_it(n, block_size,
             target = begin + column + 1
             assert x[row, column] == (ids[begin + column] if target < end else 0)
             assert y[row, column] == (ids[target] if first <= target < end else -1)
+
+
+def test_a_token_file_that_is_overwritten_in_place_is_found_and_one_that_is_replaced_is_another(cwd):
+    write([("train", "some text of a book")])
+    dataset = data.Dataset("d")
+    dataset.verify("train")
+    path, tokens = dataset.paths["train"], dataset.tokens("train")
+    dataset.check_unchanged("train")
+    whole, before = path.read_bytes(), tokens[:5].tolist()
+    os.utime(path, (1, 1))
+    dataset.check_unchanged("train")  # A touch changes no byte.
+    for content in (b"", whole[:-2], whole[::-1]):
+        path.write_bytes(content)
+        os.utime(path, (2, len(content)))
+        assert "was overwritten while the run read it" in refusal(dataset.check_unchanged, "train")
+    path.write_bytes(whole)
+    dataset.check_unchanged("train")
+    path.with_name("new").write_bytes(b"")
+    path.with_name("new").replace(path)
+    dataset.check_unchanged("train")
+    assert tokens[:5].tolist() == before
+    path.unlink()
+    dataset.check_unchanged("train")

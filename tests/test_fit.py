@@ -40,6 +40,21 @@ def test_another_error_of_a_trial_is_none_of_memory(small, monkeypatch):
         fit.largest(model, [1, 2], s, rt)
 
 
+def test_a_size_that_does_not_fit_ends_the_trials_of_the_fastest(small, monkeypatch):
+    model, s, rt = small
+
+    def run(model, batch_size, s, rt):
+        if batch_size > limit:
+            raise RuntimeError("MPS backend out of memory")
+
+    monkeypatch.setattr(fit, "run", run)
+    limit = 4
+    assert fit.fastest(model, [1, 2, 4, 8], s, rt) in (1, 2, 4)
+    limit = 0
+    with pytest.raises(RuntimeError, match="out of memory"):
+        fit.fastest(model, [1, 2, 4, 8], s, rt)
+
+
 def test_a_cpu_takes_the_size_with_the_least_time_a_sequence(small, monkeypatch):
     model, s, rt = small
     now, each = [0.0], {1: 3.0, 2: 2.0, 3: 1.9, 4: 2.05, 6: 2.2, 8: 1.0}  # seconds a sequence

@@ -155,6 +155,12 @@ def test_attention_has_plans_of_cudnn_in_training_alone(monkeypatch):
         ("NVIDIA GeForce RTX 3090", 71),
         ("NVIDIA GeForce RTX 3090 Ti", 0),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", 0),
+        ("Tesla V100-SXM2-16GB", 125),
+        ("Tesla V100-PCIE-16GB", 112),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", 0),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", 0),
+        ("GRID A100-10C", 0),
+        ("NVIDIA A40-48Q", 0),
     ],
 )
 def test_a_peak_is_known_by_the_whole_name_of_a_card_or_not_at_all(monkeypatch, name, teraflops):
