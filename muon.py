@@ -38,8 +38,8 @@ def orthogonalize_together(matrices):
         return orthogonalize(matrices)
     n, processes = len(matrices), distributed.get_world_size()
     share = -(-n // processes)  # Where there are not enough for all, some processes do the first ones once more.
-    own = torch.arange(share, device=matrices.device).add_(distributed.get_rank() * share).remainder_(n)
-    done = orthogonalize(matrices[own])
+    places = torch.arange(share, device=matrices.device).add_(distributed.get_rank() * share).remainder_(n)
+    done = orthogonalize(matrices[places])
     together = done.new_empty(processes * share, *done.shape[1:])
     distributed.all_gather([*together.chunk(processes)], done)
     return together[:n]

@@ -132,24 +132,24 @@ def read_runs(paths):
 def read_description(path):
     """(settings as text, seconds of the training steps or None) of a run.json. Raises UserError."""
     with reported(path, "does not describe a run", "move it away"):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        values = {k: str(v) for k, v in sorted(found["settings"].items()) if not UNRELATED.fullmatch(k)}
-        values["data_sha256"] = str((found.get("data") or {}).get("sha256"))[:8]  # whatever the name of the data
-        seconds = float(found.get("seconds") or 0)
+        description = json.loads(path.read_text(encoding="utf-8"))
+        values = {k: str(v) for k, v in sorted(description["settings"].items()) if not UNRELATED.fullmatch(k)}
+        values["data_sha256"] = str((description.get("data") or {}).get("sha256"))[:8]  # whatever the name of the data
+        seconds = float(description.get("seconds") or 0)
         return values, seconds if 0 < seconds < 1e12 else None
 
 
 def read_report(path):
     """{protocol: (mean loss, [(middle of a group of positions, loss)])} of a report of eval.py. Raises UserError."""
     with reported(path, "has no losses by position", "python eval.py writes such a report"):
-        found = {}
+        losses = {}
         for r in json.loads(path.read_text(encoding="utf-8"))["results"]:
             groups = [(math.sqrt(g["first"] * g["last"]), float(g["loss"])) for g in r["loss_by_position"]]
-            found[str(r["protocol"])] = float(r["nll"]) / float(r["tokens_scored"]), groups
-        points = list(itertools.chain(*(groups for _, groups in found.values())))
+            losses[str(r["protocol"])] = float(r["nll"]) / float(r["tokens_scored"]), groups
+        points = list(itertools.chain(*(groups for _, groups in losses.values())))
         if not points or not all(0 < position < HUGE and abs(loss) < HUGE for position, loss in points):
             raise ValueError("impossible figures")
-        return found
+        return losses
 
 
 # ---- the lines and the table ----

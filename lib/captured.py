@@ -33,8 +33,8 @@ class Recorded:
             self.result = work(*self.inputs)
 
     def __call__(self, *inputs):
-        for mine, given in zip(self.inputs, inputs, strict=True):
-            mine.copy_(given)
+        for place, given in zip(self.inputs, inputs, strict=True):
+            place.copy_(given)
         self.graph.replay()
         return self.result
 

@@ -76,14 +76,14 @@ def outcome(rows, first_step, state, rt):
     }
 
 
-def summary(found):
+def summary(outcome):
     """The few figures of an outcome that one looks for first, as a line."""
-    parts = [f"{clock_time(round(found['seconds']))} of training"]
-    parts += [f"{found['tokens_per_sec']:,.0f} tokens/s"] if found["tokens_per_sec"] else []
-    parts += [f"{found['peak_memory'] / 1e9:.2f} GB"] if found["peak_memory"] else []
-    parts += [f"loss {found['final_loss']:.4f}"] if found["final_loss"] is not None else []
-    if found["final_val_loss"] is not None:
-        parts += [f"val loss {found['final_val_loss']:.4f}, the best {found['best_val_loss']:.4f}"]
+    parts = [f"{clock_time(round(outcome['seconds']))} of training"]
+    parts += [f"{outcome['tokens_per_sec']:,.0f} tokens/s"] if outcome["tokens_per_sec"] else []
+    parts += [f"{outcome['peak_memory'] / 1e9:.2f} GB"] if outcome["peak_memory"] else []
+    parts += [f"loss {outcome['final_loss']:.4f}"] if outcome["final_loss"] is not None else []
+    if outcome["final_val_loss"] is not None:
+        parts += [f"val loss {outcome['final_val_loss']:.4f}, the best {outcome['best_val_loss']:.4f}"]
     return " | ".join(parts)
 
 

@@ -26,13 +26,13 @@ def choose_batch_size(model, s, start, rt):
     sizes = [n for n in range(1, min(share, MOST) + 1) if share % n == 0]
     sizes = [n for n in sizes if n == 1 or runtime.least_memory(model.config, s, rt, n) <= memory]
     on_gpu = rt.device.type == "cuda"
-    found = rt.least((largest if on_gpu else fastest)(model, sizes, s, rt))
+    batch_size = rt.least((largest if on_gpu else fastest)(model, sizes, s, rt))
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(rt.device)  # The peak of the run is not that of the trials.
-    s.batch_size, s.gradient_accumulation_steps = found, sequences // found
+    s.batch_size, s.gradient_accumulation_steps = batch_size, sequences // batch_size
     why = "the largest that fits" if on_gpu else "the fastest tried"
     masks = "; another size would draw other dropout" if s.dropout else ""
-    rt.say(f"batch_size {found:,}, {why}; micro-batches in a step: {s.gradient_accumulation_steps:,}{masks}")
+    rt.say(f"batch_size {batch_size:,}, {why}; micro-batches in a step: {s.gradient_accumulation_steps:,}{masks}")
 
 
 def run(model, batch_size, s, rt):
@@ -58,9 +58,9 @@ def largest(model, sizes, s, rt):
 def fits(model, size, room, s, rt):
     """Whether a micro-batch of so many sequences fits beside `room` bytes."""
     try:
-        kept = torch.empty(room, dtype=torch.uint8, device=rt.device)
+        reserve = torch.empty(room, dtype=torch.uint8, device=rt.device)
         run(model, size, s, rt)
-        del kept
+        del reserve
         return True
     except Exception as error:
         if not runtime.is_out_of_memory(error):

@@ -149,13 +149,13 @@ def find_tokenizer(source, folder, hf):
         raise UserError(f"{folder / 'config.json'}: {error}") from None
     if spec and not tokenizer.vocab_size_of(spec):
         return spec
-    found = {file: read_evidence(folder / file) for file in VOCABULARIES if os.path.lexists(folder / file)}
-    if str(source) in GPT2_NAMES or found.keys() & {"vocab.json", "merges.txt", "tokenizer.json"}:
+    vocabularies = {file: read_evidence(folder / file) for file in VOCABULARIES if os.path.lexists(folder / file)}
+    if str(source) in GPT2_NAMES or vocabularies.keys() & {"vocab.json", "merges.txt", "tokenizer.json"}:
         spec = spec or "gpt2"
     contradictions = [file for file in OF_OTHERS if os.path.lexists(folder / file)]
     contradictions += ["tokenizer_class"] if hf.get("tokenizer_class") not in CLASSES else []
-    wanted = tokenizer_files(spec or "gpt2") if found else {}
-    for file, content in found.items():
+    wanted = tokenizer_files(spec or "gpt2") if vocabularies else {}
+    for file, content in vocabularies.items():
         try:
             contradictions += [] if agrees(file, content, wanted) else [file]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -177,7 +177,7 @@ def read_evidence(path):
         raise UserError(f"{path} is not a vocabulary ({error}); mend it, or remove it") from None
 
 
-def agrees(file, found, wanted):
+def agrees(file, content, wanted):
     """Whether one of VOCABULARIES gives text the ids that our own tokenizer_files() `wanted` give it.
 
     Raises ValueError, KeyError, TypeError or AttributeError for the content of another kind of file.
@@ -185,25 +185,29 @@ def agrees(file, found, wanted):
     ours = wanted["tokenizer.json"]
     vocab, merges = ours["model"]["vocab"], ours["model"]["merges"]
     if file in ("vocab.json", "merges.txt"):
-        return found == (vocab if file == "vocab.json" else merges)
+        return content == (vocab if file == "vocab.json" else merges)
     if file == "added_tokens.json":
-        added = found.items()
+        added = content.items()
     elif file == "tokenizer_config.json":
-        if found.get("tokenizer_class") not in CLASSES or found.get("add_prefix_space"):
+        if content.get("tokenizer_class") not in CLASSES or content.get("add_prefix_space"):
             return False
-        added = [(token["content"], int(i)) for i, token in found.get("added_tokens_decoder", {}).items()]
+        added = [(token["content"], int(i)) for i, token in content.get("added_tokens_decoder", {}).items()]
     else:
-        model, cut, our_cut = found["model"], found.get("pre_tokenizer", ours["pre_tokenizer"]), ours["pre_tokenizer"]
+        model, cut, our_cut = (
+            content["model"],
+            content.get("pre_tokenizer", ours["pre_tokenizer"]),
+            ours["pre_tokenizer"],
+        )
         # transformers writes a merge as a pair since 2024, and as a text before that.
         pairs = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges", merges)]
         options = ("dropout", "ignore_merges", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix")
         if (model["vocab"], model.get("type", "BPE"), pairs) != (vocab, "BPE", merges):
             return False
-        if found.get("normalizer") or any(model.get(option) for option in options) or bool(cut) != bool(our_cut):
+        if content.get("normalizer") or any(model.get(option) for option in options) or bool(cut) != bool(our_cut):
             return False
         if cut and any(cut.get(key, our_cut[key]) != our_cut[key] for key in ("type", "add_prefix_space", "use_regex")):
             return False
-        added = [(token["content"], token["id"]) for token in found.get("added_tokens", [])]
+        added = [(token["content"], token["id"]) for token in content.get("added_tokens", [])]
     # Tokens beyond the vocabulary change the ids of no other text.
     end = tokenizer.ENDOFTEXT
     return all(vocab.get(end) == i if text == end else text not in vocab and i >= len(vocab) for text, i in added)

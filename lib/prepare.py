@@ -135,19 +135,19 @@ def count_words(text):
 def encode_pieces(tok, dtype, pieces):
     """Encode the pieces that a thread gets at a time. Returns {split: (ids (n,), [counts of each piece])}.
 
-    A piece is (split, text, begins, ends, known): whether it begins and ends a document, and the counts that are not
-    taken from its text.
+    A piece is (split, text, is_first, is_last, known): whether it begins and ends a document, and the counts that are
+    not taken from its text.
     """
     splits = {}
-    for split, text, begins, ends, known in pieces:
+    for split, text, is_first, is_last, known in pieces:
         ids, piece_counts = splits.setdefault(split, ([], []))
         encoded = tok.encode(text).astype(dtype)
-        ids += [np.array([tok.eot], dtype), encoded] if begins else [encoded]
+        ids += [np.array([tok.eot], dtype), encoded] if is_first else [encoded]
         counts = {
             "tokens": len(encoded),
-            "documents": int(begins),
+            "documents": int(is_first),
             "words": count_words(text),
-            "lines": text.count("\n") + (ends and text[-1:] not in ("", "\n")),
+            "lines": text.count("\n") + (is_last and text[-1:] not in ("", "\n")),
             "bytes": len(text) if text.isascii() else len(text.encode()),
         }
         piece_counts.append(counts | known)
@@ -213,10 +213,10 @@ def encode_into(folder, name, tok, dtype, pieces, total_bytes, threads):
                 bar.update(sum(counts["bytes"] or 0 for counts in piece_counts))
             bar.set_postfix_str(rate(), refresh=False)
 
-        group, size, begins = [], 0, True
+        group, size, is_first = [], 0, True
         for split, text, is_last, *known in pieces:
-            group.append((split, text, begins, is_last, *(known or [{}])))
-            size, begins = size + len(text), is_last
+            group.append((split, text, is_first, is_last, *(known or [{}])))
+            size, is_first = size + len(text), is_last
             if size >= PIECE:
                 queue.append(pool.submit(encode_pieces, tok, dtype, group))
                 group, size = [], 0

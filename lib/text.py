@@ -76,7 +76,7 @@ def files_in(folder):
 
     Raises OSError for a folder that can't be read.
     """
-    found, astray, entered = [], [], set()
+    regular, astray, entered = [], [], set()
 
     def refuse(error):
         raise error  # A part of the text must not be left out unsaid.
@@ -85,11 +85,11 @@ def files_in(folder):
         entered.add(os.path.realpath(here))
         folders[:] = [d for d in sorted(folders) if d[0] != "." and os.path.realpath(Path(here, d)) not in entered]
         paths = [Path(here, name) for name in names if name[0] != "."]
-        found += [path for path in paths if path.is_file()]
+        regular += [path for path in paths if path.is_file()]
         astray += [path for path in paths if path.is_symlink() and not path.exists()]
     if astray:
         settings.say(f"left out {prepare.counted(len(astray), 'link')} to nowhere, the first is {astray[0]}")
-    return sorted(found)
+    return sorted(regular)
 
 
 # ---- text ----
