@@ -3,9 +3,9 @@
 #     python train.py config/laptop.py
 #
 # A step is 64 sequences x 256 bytes = 16,384 bytes. 1,400 steps are 22.9 MB. Two cores of an AMD EPYC with AVX-512 took
-# 4.9 seconds a step (2026-11-26, torch 2.13), which is 1.9 hours. Over 21.1 MB of books the run ended at 1.712 bits per
-# byte of 13 other books, and at 2.649 of WikiText's test text, where nanoGPT had 1.903 and 2.863 after as many hours
-# (records/2026-11-26-laptop, one seed each, nanoGPT's on a GPU and with a rate of 1e-3 alone).
+# 4.9 seconds a step (2026-11-26, torch 2.13), which is 1.9 hours. Over 21.1 MB of books two seeds ended at 1.714 bits
+# per byte of 13 other books, and at 2.642 of WikiText's test text, where nanoGPT had 1.903 and 2.863 after as many
+# hours (records/2026-11-26-laptop, nanoGPT's of one seed, on a GPU and with a rate of 1e-3 alone).
 out_dir = "out/laptop"
 dataset = "books_bytes"
 

@@ -193,11 +193,8 @@ def agrees(file, content, wanted):
             return False
         added = [(token["content"], int(i)) for i, token in content.get("added_tokens_decoder", {}).items()]
     else:
-        model, cut, our_cut = (
-            content["model"],
-            content.get("pre_tokenizer", ours["pre_tokenizer"]),
-            ours["pre_tokenizer"],
-        )
+        model, our_cut = content["model"], ours["pre_tokenizer"]
+        cut = content.get("pre_tokenizer", our_cut)
         # transformers writes a merge as a pair since 2024, and as a text before that.
         pairs = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges", merges)]
         options = ("dropout", "ignore_merges", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix")
