@@ -96,7 +96,7 @@ def test_a_second_signal_stops_at_once_but_not_within_a_second(stop, monkeypatch
     os.kill(os.getpid(), signal.SIGINT)  # the same request, which somebody else told too
     assert stop.number == signal.SIGTERM and capfd.readouterr().err.count("\n") == 1
     killed = []
-    monkeypatch.setattr(os, "kill", lambda pid, number: killed.append(number))
+    monkeypatch.setattr(signal, "raise_signal", killed.append)
     monkeypatch.setattr(stop, "at", stop.at - 2)
     stop.receive(signal.SIGINT, None)
     assert killed == [signal.SIGINT] and signal.getsignal(signal.SIGINT) == signal.SIG_DFL
@@ -139,7 +139,7 @@ def test_a_process_that_prepares_for_longer_than_the_group_s_patience_times_no_o
 )
 def test_nccl_is_told_its_gpu(monkeypatch, device, backend, takes):
     """Else it warns at each barrier that it takes the one in use."""
-    rt = SimpleNamespace(world_size=2, device=torch.device(device))
+    rt = SimpleNamespace(world_size=2, device=torch.device(device), say=print)
     given = {}
     monkeypatch.setattr(torch.distributed, "rendezvous", lambda *args, **kwargs: iter([("store", 0, 2)]))
     monkeypatch.setattr(torch.distributed, "PrefixStore", lambda name, store: store)
