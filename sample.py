@@ -11,6 +11,7 @@ The text goes to standard output. What the program says of itself goes to standa
 """
 
 import codecs
+import os
 import sys
 import time
 from contextlib import nullcontext
@@ -111,8 +112,8 @@ def main():
     if rt.device.type == "cuda":
         captured.capture(model, rt.dtype)
     prompt = [] if s.interactive else encode_prompt(text, tok)
-    if Path(s.start.removeprefix("file:")).is_file():
-        settings.say(f"this is the prompt itself; --start=FILE:{s.start} reads the file", file=sys.stderr)
+    if os.path.isfile(name := s.start.removeprefix("file:")):
+        settings.say(f"this is the prompt itself; --start=FILE:{name} reads the file", file=sys.stderr)
     settings.say(f"{opened.name}: step {opened.iter_num:,}; {rt.why}", file=sys.stderr)
     if hasattr(sys.stdout, "reconfigure"):  # A notebook's stream can't, and is UTF-8.
         sys.stdout.reconfigure(encoding="utf-8")

@@ -17,6 +17,7 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import glob
 import inspect
 import io
 import math
@@ -263,7 +264,7 @@ def read_file(path, known):
 def no_such_file(path, bare_means):
     """What to say of a bare argument that is no config file."""
     for key, name in (("init_from", "config.json"), ("out_dir", "*.pt")):
-        if any(Path(path).glob(name)):
+        if glob.glob(os.path.join(glob.escape(path), name)):
             return f"{path}: this folder is no config file; write {example(key, [path], str)}"
     close = difflib.get_close_matches(path, map(str, Path("config").glob("*.py")), n=1, cutoff=0.4)
     hint = f"did you mean {close[0]}?" if close else "it is looked for from the current folder"

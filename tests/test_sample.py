@@ -193,6 +193,15 @@ def test_a_prompt_is_text_a_file_or_standard_input(text):
     assert text("--start=FILE:a prompt.txt") == shown
 
 
+@pytest.mark.parametrize("start", ["a.txt", "file:a.txt"])
+def test_a_file_that_may_have_been_meant_is_said(run, start):
+    save_run(random_model())
+    assert "prompt itself" not in run(f"--start={start}")[2]
+    Path("a.txt").write_text("text")
+    status, out, err = run(f"--start={start}")
+    assert status == 0 and out.startswith(start) and "--start=FILE:a.txt reads the file" in err
+
+
 def test_each_line_that_is_typed_is_a_prompt(run):
     """The generator goes on, so that a prompt typed again gets other text. A line that is no prompt ends nothing."""
     save_run(random_model(block_size=32))
@@ -261,6 +270,7 @@ def test_of_a_long_prompt_the_end_is_read_and_all_is_printed(run):
     model = random_model()
     save_run(model)
     prompt = "a prompt of more than sixteen tokens"
+    assert run(f"--start={prompt * 200}")[0] == 0  # No file can have such a name.
     status, out, err = run(f"--start={prompt}", "--max_new_tokens=40")
     assert status == 0
     assert out == prompt + generated(model, list(prompt[-16:].encode()), 40)[0] + "\n"
@@ -384,6 +394,7 @@ def test_no_model_a_broken_one_and_no_device_are_mistakes(mistake):
         (["Once upon"], "--start='Once upon'"),
         (["k=v text"], "--start='k=v text'"),
         (["- x = 3"], "--start='- x = 3'"),
+        (["long " * 999 + "end"], f"--start='{'long ' * 999}end'"),
         (["it's"], "--start='it'\"'\"'s'"),
         (["--start", "Once upon"], "--start='Once upon'"),
         (["\N{EM DASH}start", "Once upon"], "--start='Once upon'"),
