@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import train as train_py
-from lib import ahead, clock, runtime
+from lib import ahead, clock, runtime, settings
 from model import GPT, GPTConfig
 
 import pytest
@@ -148,6 +148,14 @@ def test_the_end_of_a_step_takes_its_bar_away(time, monkeypatch):
     first_step(time, steps=2, micro_batches=3, seconds=4.0)
     shown = sys.stderr.getvalue().split("\r")
     assert "2 of 3" in sys.stderr.getvalue() and shown[-1] == "" and not shown[-2].strip()
+
+
+def test_a_line_takes_the_place_of_the_bar(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    settings.show_bar("1 of 2 ")
+    settings.say("a line", file=sys.stderr)
+    settings.say("another", file=sys.stderr)
+    assert sys.stderr.getvalue() == "1 of 2 \r       \ra line\nanother\n"
 
 
 def test_only_the_first_process_says_how_far_it_is(time, monkeypatch, capsys):

@@ -380,6 +380,35 @@ def test_steps_that_are_not_finite_end_a_run_unless_a_loss_scale_is_looked_for()
     assert not any(loop.run.takes_step(3.0, math.inf) for _ in range(9))
 
 
+@pytest.mark.parametrize(
+    "row", ['{"step": 1, "tokens_per_sec": 5}', '{"step": 1, "tokens": "x"}', "[1]", '{"tokens": 3}']
+)
+def test_a_row_that_is_none_costs_no_final_weights(row):
+    loop = Loop(4.0).go(2)
+    with open("out/a/metrics.jsonl", "a") as file:
+        file.write(row + "\n")
+    loop.run.finish(interrupted=False)
+    assert on_disk()["final.pt"] == 2 and json.loads(Path("out/a/run.json").read_text())["best_val_loss"] == 4.0
+
+
+def test_a_command_without_evaluations_keeps_what_the_best_loss_was_measured_on():
+    Loop(4.0).go(1).leave()
+    held = checkpoint.load("out/a/ckpt.pt")
+    torch.save(held | {"val_sha256": "1" * 64}, "out/a/ckpt.pt")
+    loop = Loop(start=go_on(), eval_interval=0).go(1)
+    loop.run.finish(interrupted=True)
+    assert checkpoint.load("out/a/ckpt.pt")["val_sha256"] == "1" * 64
+
+
+def test_a_checkpoint_that_is_kept_has_the_evaluation_that_a_signal_put_off():
+    loop = Loop(eval_interval=0).go(1)
+    loop.boundary(["ckpt_iter_1.pt"], stopping=True)
+    loop.run.finish(interrupted=True)
+    loop.leave()
+    Loop(4.0, start=go_on()).boundary(["ckpt_iter_1.pt"])
+    assert checkpoint.load("out/a/ckpt_iter_1.pt")["best_val_loss"] == 4.0
+
+
 def test_an_evaluation_that_is_as_good_as_the_best_writes_no_checkpoint():
     loop = Loop(5.0, 4.0, 4.0, always_save_checkpoint=False).go(2)
     assert on_disk() == {"ckpt.pt": 1, "best.pt": 1} and loop.state.worse == 1
