@@ -303,7 +303,8 @@ class Run:
         """The UserError of a run that can't recover, once the writes before it have ended."""
         self.collect(wait=True)
         exists = self.ckpt_path.exists()
-        then = f"the last good checkpoint stands in {self.out}: go on from it" if exists else "start"
+        # The loss before the last update was finite. That of its weights is not known.
+        then = f"the last checkpoint stands in {self.out}: go on from it, or from one before it," if exists else "start"
         return UserError(
             f"the run has diverged at step {self.state.step:,}: {how}; {then} with a lower --learning_rate"
         )
