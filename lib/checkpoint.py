@@ -208,7 +208,7 @@ def load(path, remedy="--init_from=PATH takes another"):
     """
     path = Path(path)
     if not path.is_file():
-        inside = beside(path / "*")
+        inside = ", ".join(checkpoints_in(path))
         remedy = f"it is a folder, name one of its files ({inside})" if inside else "check the path"
         raise UserError(f"there is no checkpoint {path}; {remedy}")
     try:
@@ -226,7 +226,8 @@ def load(path, remedy="--init_from=PATH takes another"):
         converts = "torch.save(torch.load(PATH, weights_only=True), NEW) converts it"
         raise UserError(f"{path} is in the format that torch had before 1.6; {converts}")
     if damaged:
-        raise UserError(f"{path} is damaged ({damaged}); {remedy} (beside it: {beside(path) or 'none'})")
+        others = ", ".join(name for name in checkpoints_in(path.parent) if name != path.name) or "none"
+        raise UserError(f"{path} is damaged ({damaged}); {remedy} (beside it: {others})")
     try:
         with warnings.catch_warnings(action="ignore"):  # What torch thinks of an odd tensor is not for the user.
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -244,9 +245,9 @@ def load(path, remedy="--init_from=PATH takes another"):
     return checkpoint
 
 
-def beside(path):
-    """The names of the other checkpoints in a path's folder."""
-    return ", ".join(p.name for p in sorted(path.parent.glob("*.pt")) if p != path)
+def checkpoints_in(folder):
+    """The names of the checkpoints in a folder, sorted."""
+    return sorted(path.name for path in folder.glob("*.pt"))
 
 
 def is_of_old_torch(path):

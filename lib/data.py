@@ -58,7 +58,7 @@ class Dataset:
 
     def __init__(self, name):
         self.name, self.folder, self.checksums = name, Path("data", name), {}
-        self.states = {}  # of the token files that are mapped, as state_of() has them
+        self.stamps = {}  # {split: the stamp of its token file when it was mapped}
         self.validation = None  # what validation_ids() gives, once it has been read
         self.paths = {s: p for s in TOKEN_FILES if files.is_file(p := self.folder / f"{s}.bin")}
         self.has_meta = files.is_file(self.folder / "meta.json")
@@ -105,7 +105,7 @@ class Dataset:
             expected = counts["tokens"] + counts["documents"]
             if size != width * expected:
                 raise UserError(f"{path} holds {size // width:,} ids, meta.json says {expected:,}; prepare it again")
-        self.states[split] = state_of(path)
+        self.stamps[split] = files.stamp(path)
         return np.memmap(path, self.dtype, mode="r")
 
     def check_unchanged(self, split):
@@ -113,7 +113,7 @@ class Dataset:
 
         A file that has taken its name is another one, and the old one stays mapped.
         """
-        before, now = self.states[split], state_of(self.paths[split])
+        before, now = self.stamps[split], files.stamp(self.paths[split])
         if now in (before, None) or now[0] != before[0]:
             return
         if now[1] == before[1]:  # Only its time is another one, as after a touch. The bytes tell.
@@ -182,13 +182,6 @@ class Dataset:
         if tokens[0] == self.eot:
             return tokens
         return np.concatenate([np.array([self.eot], tokens.dtype), tokens[: -1 if tokens[-1] == self.eot else None]])
-
-
-def state_of(path):
-    """(inode, size, time of the last change) of a file; None where there is none."""
-    with contextlib.suppress(OSError):
-        status = path.stat()
-        return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def what_else(tokens, vocab_size):

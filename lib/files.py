@@ -93,6 +93,13 @@ def append_line(path, line):
             raise
 
 
+def stamp(path):
+    """(inode, size, time of the last change) of a file, by which a change or another file shows; None for none."""
+    with contextlib.suppress(OSError):
+        status = path.stat()
+        return status.st_ino, status.st_size, status.st_mtime_ns
+
+
 def is_file(path):
     """Whether a file of a dataset is there. Raises UserError where something else has its name.
 

@@ -50,7 +50,7 @@ def run(model, batch_size, s, rt):
 def largest(model, sizes, s, rt):
     """The largest of the sizes at which a micro-batch fits beside the optimizer's moments; else the smallest."""
     parameters = sum(p.numel() for p in model.parameters())
-    # From the second micro-batch of a step on the gradients are there already, which a trial does not have yet.
+    # A trial has no gradients yet. The second micro-batch of a step has those of the first one.
     room = int(rt.memory() * KEPT_FREE) + (4 + runtime.bytes_beside_gradient(rt)) * parameters
     return next((size for size in reversed(sizes) if fits(model, size, room, s, rt)), sizes[0])
 

@@ -14,7 +14,6 @@ import time
 import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import redirect_stdout
 from pathlib import Path
 
 from lib import data, files, settings
@@ -297,10 +296,10 @@ def one_line(says, remedy):
         raise UserError(f"{says} ({reason}); {remedy}") from None
 
 
-def library():
+def load_datasets():
     """The library `datasets`, which takes seconds to import. Raises UserError where the environment stops it."""
-    # It prints what stops it.
-    with one_line("the library datasets can't be loaded", "unset the variables HF_*"), redirect_stdout(io.StringIO()):
+    quiet = contextlib.redirect_stdout(io.StringIO())  # It prints what stops it.
+    with one_line("the library datasets can't be loaded", "unset the variables HF_*"), quiet:
         import datasets
         from huggingface_hub.utils import logging
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lib import checkpoint
 from lib.assemble import is_plain
+from lib.files import stamp
 from lib.settings import UserError
 
 import torch
@@ -197,13 +198,6 @@ def check_overwrite(s):
 
 def is_same(a, b):
     return os.path.realpath(a) == os.path.realpath(b)
-
-
-def stamp(path):
-    """A value that changes when a file is replaced; None for no file."""
-    with contextlib.suppress(OSError):
-        status = path.stat()
-        return status.st_ino, status.st_mtime_ns
 
 
 # ---- what must agree ----

@@ -15,7 +15,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from lib import checkpoint, describe, files, sampling, settings
-from lib.resume import FILES, KEYS, files_of_run, has_ended, stamp
+from lib.files import stamp
+from lib.resume import FILES, KEYS, files_of_run, has_ended
 from lib.settings import UserError
 
 import torch

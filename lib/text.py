@@ -176,7 +176,7 @@ def record_format(source):
 
 def read_records(path, column, folder):
     """The Text of a file of one of the FORMATS, one document a record. Raises UserError."""
-    datasets = prepare.library()
+    datasets = prepare.load_datasets()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     kind = record_format(path)
     read = {"json": datasets.Dataset.from_json, "parquet": datasets.Dataset.from_parquet}.get(
@@ -216,7 +216,7 @@ def read_records(path, column, folder):
 
 def read_hub(source, column, folder):
     """The Texts of a data set of the hub, one for each of its splits. Raises UserError."""
-    datasets = prepare.library()
+    datasets = prepare.load_datasets()
     repo, _, config = source.removeprefix(HUB).partition(":")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
         raise UserError(f"{source}: write hub:OWNER/NAME, or hub:OWNER/NAME:CONFIG")

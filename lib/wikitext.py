@@ -87,7 +87,7 @@ def zip_rows(path, member):
 
 def open_hub(config):
     """Find the splits on the hub, as open_source does. A download that broke off goes on where it stopped."""
-    splits = prepare.library().load_dataset(REPO, config)
+    splits = prepare.load_datasets().load_dataset(REPO, config)
     sizes = {s: splits[hub].info.splits[hub].num_bytes for s, hub in HUB.items()}
     return {s: (sizes[s], partial(hub_rows, splits[hub])) for s, hub in HUB.items()}
 

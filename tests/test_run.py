@@ -371,7 +371,7 @@ def test_steps_that_are_not_finite_end_a_run_unless_a_loss_scale_is_looked_for()
     loop = Loop(eval_interval=0)
     for loss, norm in [(3.0, math.inf), (math.nan, 1.0)] * 2:
         assert not loop.run.takes_step(loss, norm)
-    assert loop.run.takes_step(3.0, 1.0)  # From here on they are counted anew.
+    assert loop.run.takes_step(3.0, 1.0)  # The count begins anew.
     for _ in range(4):
         assert not loop.run.takes_step(math.inf, 1.0)
     assert "5 steps in a row were not finite; start with a lower" in refusal(loop.run.takes_step, math.inf, 1.0)
