@@ -43,27 +43,28 @@ def save(path, checkpoint, links=()):
         # The file may lie on a larger disk, and the link to it stays. One to a kept file or to another run's goes.
         if file.name == path.name and not file.with_name(".lock").exists():
             path = file
-    partial = path.with_name(path.name + ".partial")
+    partials = [file.with_name(f"{file.name}.partial") for file in (path, *links)]
+    partial, *linked = partials
     try:
         with files.open_new(partial) as f:
             torch.save(checkpoint, f)
             files.sync(f)
-        for link in links:
-            link.unlink(missing_ok=True)
+        for another, link in zip(linked, links, strict=True):
+            another.unlink(missing_ok=True)
             try:
-                os.link(partial, link)
+                os.link(partial, another)
             except OSError:  # a file system without hard links
-                link.with_name(link.name + ".partial").unlink(missing_ok=True)
-                shutil.copyfile(partial, link.with_name(link.name + ".partial"))
-                os.replace(link.with_name(link.name + ".partial"), link)
+                shutil.copyfile(partial, another)
+            os.replace(another, link)
         os.replace(partial, path)
     except RuntimeError as error:  # torch's writer hides what the system said, such as that the disk is full.
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise OSError(f"writing {path} failed: {error}") from None
     finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
+        for file in partials:
+            with contextlib.suppress(OSError):
+                file.unlink()
     files.sync_folder(path.parent)
 
 

@@ -3,6 +3,7 @@
 import math
 import os
 import pickle
+import shutil
 import time
 import zipfile
 from pathlib import Path
@@ -76,6 +77,21 @@ def test_links_are_copies_where_the_file_system_has_none(tmp_path, model, monkey
     checkpoint.save(tmp_path / "ckpt.pt", checkpoint.weights(model), links=[tmp_path / "ckpt_iter_1.pt"])
     assert (tmp_path / "ckpt_iter_1.pt").read_bytes() == (tmp_path / "ckpt.pt").read_bytes()
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_copy_that_fails_leaves_the_old_files_whole_and_no_stray(path, monkeypatch):
+    link, before = path.with_name("ckpt_iter_1.pt"), path.read_bytes()
+    link.write_bytes(b"kept")
+
+    def fail(source, target):
+        target.write_bytes(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "link", lambda *a: (_ for _ in ()).throw(OSError("not supported")))
+    monkeypatch.setattr(shutil, "copyfile", fail)
+    with pytest.raises(OSError, match="No space"):
+        checkpoint.save(path, {"model": {}, "model_args": {}}, links=[link])
+    assert (path.read_bytes(), link.read_bytes()) == (before, b"kept") and len(list(path.parent.iterdir())) == 2
 
 
 def test_any_flipped_byte_of_a_tensor_is_found(path):
