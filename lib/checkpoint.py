@@ -223,9 +223,6 @@ def load(path, remedy="--init_from=PATH takes another"):
         raise UserError(f"{path} can't be read ({error.strerror or error}); it may be whole, so try again") from None
     except Exception as error:  # zipfile may meet anything in damaged bytes.
         damaged = str(error) or type(error).__name__
-    if damaged and is_of_old_torch(path):
-        converts = "torch.save(torch.load(PATH, weights_only=True), NEW) converts it"
-        raise UserError(f"{path} is in the format that torch had before 1.6; {converts}")
     if damaged:
         others = ", ".join(name for name in checkpoints_in(path.parent) if name != path.name) or "none"
         raise UserError(f"{path} is damaged ({damaged}); {remedy} (beside it: {others})")
@@ -249,12 +246,6 @@ def load(path, remedy="--init_from=PATH takes another"):
 def checkpoints_in(folder):
     """The names of the checkpoints in a folder, sorted."""
     return sorted(path.name for path in folder.glob("*.pt"))
-
-
-def is_of_old_torch(path):
-    """Whether a file that is no zip archive begins as the pickles of old do."""
-    with open(path, "rb") as file:
-        return file.read(2) == b"\x80\x02" and not zipfile.is_zipfile(path)
 
 
 def check_whole(checkpoint, path):

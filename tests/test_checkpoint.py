@@ -117,14 +117,6 @@ def test_a_record_that_is_marked_as_a_folder_is_found(path):
         at += 46 + sum(int.from_bytes(whole[i : i + 2], "little") for i in (at + 28, at + 30, at + 32))
 
 
-def test_a_file_of_torch_before_1_6_is_named_and_its_remedy_is_true(path, tmp_path):
-    old, new = tmp_path / "old.pt", tmp_path / "new.pt"
-    torch.save(torch.load(path, weights_only=True), old, _use_new_zipfile_serialization=False)
-    assert "in the format that torch had before 1.6; torch.save(torch.load(PATH" in refusal(checkpoint.load, old)
-    torch.save(torch.load(old, weights_only=True), new)
-    assert checkpoint.load(new).keys() == checkpoint.load(path).keys()
-
-
 def test_a_folder_and_a_file_without_the_right_to_read_it_are_named(path, monkeypatch):
     says = refusal(checkpoint.load, path.parent)
     assert says.endswith(f"it is a folder, name one of its files ({path.name})")
