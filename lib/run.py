@@ -29,9 +29,9 @@ MAX_SKIPPED_IN_A_ROW = 5  # steps without a finite loss and gradient after which
 class Run:
     """out_dir while a command trains in it.
 
-    saved, best_loss, has_final and failed_at say what is on the disk. The loop changes `state` and tells the Run what
-    happened. A write that fails is reported, and the older file stands. ckpt.pt is tried again after a minute, best.pt
-    with the next weights that are better than those on the disk.
+    saved, best_loss and failed_at say what is on the disk. The loop changes `state` and tells the Run what happened. A
+    write that fails is reported, and the older file stands. ckpt.pt is tried again after a minute, best.pt with the
+    next weights that are better than those on the disk, and final.pt by the same command.
     """
 
     def __init__(self, s, rt, writer, start, model, optimizer, scaler, dataset):
@@ -45,7 +45,6 @@ class Run:
         # Without evaluations the split is not read, and the best loss stays that of the text before.
         self.val_sha256 = dataset.checksums.get("val") or start.ckpt.get("val_sha256", "")
         self.best_loss = start.state.best_val_loss  # the validation loss of best.pt
-        self.has_final = False  # whether final.pt is on the disk, with the weights of the last step
         self.failed_at = None  # time.monotonic() at which ckpt.pt could not be written; None where it could
         self.save_is_due = not start.in_place  # The first save shows at once whether the disk takes a checkpoint.
         self.sample_is_due = False
@@ -196,8 +195,6 @@ class Run:
         if not interrupted:
             self.save("final.pt")
             self.collect(wait=True)
-            if not self.has_final:
-                raise UserError(f"final.pt is not written: {self.remedy}, and {self.same_command} writes it")
         rows = describe.read_rows(self.out / "metrics.jsonl")
         outcome = describe.outcome(rows, self.description["first_step"], self.state, self.rt)
         self.write_description(**outcome)
@@ -270,12 +267,11 @@ class Run:
                     self.write_description()
             if write.path.name == "best.pt":
                 self.best_loss = write.about.best_val_loss
-            self.has_final = write.path.name == "final.pt"
             if self.s.wandb_log_checkpoints and write.path.name != "final.pt":
                 self.wandb.log_file(self.out / write.path.name)
 
     def failed(self, write):
-        """Report a write that failed. Raises UserError where there is no checkpoint yet that would stand."""
+        """Report a write that failed. Raises UserError for final.pt, and where no ckpt.pt stands yet."""
         self.check_folder()
         self.remedy = files.remedy(write.error, f"in {self.out}")
         names = " and ".join(str(self.out / path.name) for path in [write.path, *write.links])
@@ -288,6 +284,8 @@ class Run:
         if write.path.name == "best.pt" and self.state.best_val_loss == write.about.best_val_loss:
             self.state.best_val_loss = self.best_loss  # The next weights have to beat those on the disk.
         self.rt.say(reason)
+        if write.path.name == "final.pt":
+            raise UserError(f"final.pt is not written: {self.remedy}, and {self.same_command} writes it")
 
     def check_folder(self):
         """Raise UserError where out_dir is no longer the folder that was locked. Another run may be in its place."""
