@@ -145,15 +145,18 @@ def checkpoint_to_resume(s, restarted):
     restarted: torchrun has started the command again after a failure.
     """
     last = Path(s.out_dir, "ckpt.pt")
-    if s.overwrite and s.init_from == "resume":
-        raise UserError("overwrite=True starts anew and init_from=resume goes on; give one of them")
-    if (s.eval_only or not s.max_iters) and s.init_from != "resume":
-        return Path(s.resume_from) if s.resume_from else None
-    if s.init_from == "resume" and not last.exists():
-        raise UserError(f"init_from=resume: there is no {last} to resume; check out_dir, or start from scratch")
+    origin = Path(s.resume_from) if s.resume_from else None  # where a new run begins
+    if s.init_from == "resume":
+        if s.overwrite:
+            raise UserError("overwrite=True starts anew and init_from=resume goes on; give one of them")
+        if not last.exists():
+            raise UserError(f"init_from=resume: there is no {last} to resume; check out_dir, or start from scratch")
+        return last
+    if s.eval_only or not s.max_iters:
+        return origin
     if s.overwrite and not (restarted and last.exists() and load(last).get("config", {}).get("overwrite")):
         check_overwrite(s)
-        return Path(s.resume_from) if s.resume_from else None
+        return origin
     if last.exists():
         return last
     if last.is_symlink():
@@ -165,7 +168,7 @@ def checkpoint_to_resume(s, restarted):
             f"{s.out_dir} has {left[0].name} but no ckpt.pt to go on from; take another --out_dir, or "
             "--overwrite=True, which removes what is there"
         )
-    return Path(s.resume_from) if s.resume_from else None
+    return origin
 
 
 def check_origin(s, ckpt):
