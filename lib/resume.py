@@ -210,7 +210,9 @@ def check_agreement(ckpt, path, s, dataset):
     """Raise UserError where a checkpoint cannot be gone on with under these settings. Returns what else differs."""
     checkpoint.check_whole(ckpt, path)
     then = ckpt["config"]
-    now = settings_to_go_on(s, then)
+    now = asdict(s)
+    if then.get("init_from") != "scratch":  # A run that began from other weights has their shape.
+        now |= {key: then[key] for key in SHAPE if key in then}
     for key, value in now.items():
         if (key in NEEDED and key not in then) or (key in then and not is_kind_of(then[key], value)):
             raise UserError(f"{path} can't be resumed: its setting {key} is missing or of another kind; take another")
@@ -251,11 +253,6 @@ def check_consistency(ckpt, path):
     wrong += ["row"] if ckpt["row"].get("step", ckpt["iter_num"]) != ckpt["iter_num"] else []
     if wrong:
         raise UserError(f"{path} can't be resumed: its {wrong[0]} contradicts the rest of it; take another checkpoint")
-
-
-def settings_to_go_on(s, then):
-    """The settings of a command to compare with a checkpoint's. A run that began from other weights has their shape."""
-    return asdict(s) | ({} if then.get("init_from") == "scratch" else {k: then[k] for k in SHAPE if k in then})
 
 
 def is_kind_of(value, example):
