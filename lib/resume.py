@@ -76,8 +76,9 @@ def find(s, dataset, rt):
         changes.append(f"its weights came from init_from={then['init_from']}, and {s.init_from} is not read")
     if then["init_from"] != "scratch" and (unused := unused_shape(s, then)):
         changes.append(unused)
-    start.keeps_batch_size = has_found_batch_size(s, then) and then["gradient_accumulation_steps"] % rt.world_size == 0
-    if start.keeps_batch_size:
+    has_found = s.auto_batch_size and then.get("auto_batch_size") is True
+    if has_found and then["gradient_accumulation_steps"] % rt.world_size == 0:
+        start.keeps_batch_size = True  # Micro-batches of another size would draw another dropout.
         s.batch_size, s.gradient_accumulation_steps = then["batch_size"], then["gradient_accumulation_steps"]
     s.init_from = then["init_from"]  # A resume does not change where the run's first weights came from.
     if start.in_place:
@@ -229,19 +230,14 @@ def check_agreement(ckpt, path, s, dataset):
             f"{' without --resume_from,' * bool(s.resume_from)} in another --out_dir or by --overwrite=True"
         )
     check_consistency(ckpt, path)
-    unsaid = ("batch_size", "gradient_accumulation_steps") if has_found_batch_size(s, then) else ()
-    unsaid += MAY_DIFFER_UNSAID
+    # What auto_batch_size finds is said by a line of its own.
+    unsaid = MAY_DIFFER_UNSAID + ("batch_size", "gradient_accumulation_steps") * s.auto_batch_size
     changed = [key for key, value in now.items() if key not in unsaid and then.get(key, value) != value]
     return [f"{key} {then[key]} -> {now[key]}" for key in changed]
 
 
 def sequences_per_step(config):
     return config["batch_size"] * config["gradient_accumulation_steps"]
-
-
-def has_found_batch_size(s, then):
-    """Whether a size of micro-batches was found, and stays, since those of another size draw another dropout."""
-    return s.auto_batch_size and then.get("auto_batch_size") is True
 
 
 def check_consistency(ckpt, path):
