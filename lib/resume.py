@@ -289,9 +289,8 @@ def misfit(saved, groups, numbered, steps):
     if not isinstance(saved_groups, list) or not isinstance(state, dict):
         return "is none of torch's"
     saved_numbers = [g.get("params") if isinstance(g, dict) else None for g in saved_groups]
-    if not all(isinstance(n, list) and all(type(i) is int for i in n) for n in saved_numbers):
-        return "is that of other parameters"
-    if saved_numbers != [g["params"] for g in numbered]:
+    are_numbers = all(isinstance(n, list) and all(type(i) is int for i in n) for n in saved_numbers)
+    if not are_numbers or saved_numbers != [g["params"] for g in numbered]:
         return "is that of other parameters"
     if not state and not steps:
         return ""
