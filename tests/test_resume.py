@@ -452,7 +452,7 @@ def test_torchrun_s_restart_of_an_overwriting_command_goes_on():
 
 @pytest.mark.parametrize(("final", "finished"), [(None, False), (2, True), (1, False), ("damaged", False)])
 def test_a_run_is_finished_where_its_final_weights_are_of_its_last_step(final, finished, capsys):
-    """A kill between a longer run's ckpt.pt and the removal of its older final.pt leaves both."""
+    """A longer run keeps the older final.pt until its own end, so its ckpt.pt may be at the end beside it."""
     if final:
         run_at("out/final")
         held = torch.load("out/final/ckpt.pt", weights_only=True)
