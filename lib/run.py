@@ -38,7 +38,6 @@ class Run:
         self.s, self.rt, self.writer, self.state, self.dataset = s, rt, writer, start.state, dataset
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
         self.out, self.ckpt_path = Path(s.out_dir), Path(s.out_dir, "ckpt.pt")
-        self.branched_at = start.state.step if start.path and not start.in_place else None  # the step it begins at
         self.loss = 0.0  # the newest loss of the weights
         self.skipped_in_a_row = 0
         self.saved = copy.deepcopy(start.state) if start.in_place else None  # the State in ckpt.pt; None for no file
@@ -137,8 +136,6 @@ class Run:
     def save_what_is_due(self, kept_names):
         """Write ckpt.pt and best.pt where it is time for them. ckpt.pt keeps this state under `kept_names`."""
         state = self.state
-        # The run that a new one begins from has kept this step already.
-        kept_names = kept_names if state.step != self.branched_at else []
         retry = self.failed_at is not None and time.monotonic() - self.failed_at > RETRY_SECONDS
         # Weights whose loss is not finite do not take the place of good ones.
         if math.isfinite(self.loss) and self.saved != state and (kept_names or retry or self.save_is_due):
