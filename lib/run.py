@@ -64,7 +64,7 @@ class Run:
                 raise UserError(f"out_dir={self.out} is a link to {os.readlink(self.out)}, which is not there; make it")
             self.out.mkdir(parents=True, exist_ok=True)
             self.take_lock()
-            self.folder_id, self.folder = identity(self.out), pinned(self.out)
+            self.folder_id = identity(self.out)
             if stamp(self.ckpt_path) != start.stamp:
                 raise UserError(
                     f"another process has just saved {self.ckpt_path}; {self.same_command} goes on from there"
@@ -209,7 +209,7 @@ class Run:
         self.wait_for_first()
         try:
             self.check_folder()
-            yield self.folder / name
+            yield self.out / name
         except OSError as error:
             self.rt.say(f"{self.out / name} could not be written ({error.strerror}); training goes on")
 
@@ -243,8 +243,8 @@ class Run:
                 "wandb_run_id": self.wandb.id,
             }
         self.check_folder()
-        links = [self.folder / kept_name for kept_name in kept_names]
-        self.writer.write(self.folder / name, content, links, about=state)
+        links = [self.out / kept_name for kept_name in kept_names]
+        self.writer.write(self.out / name, content, links, about=state)
         self.collect()
 
     def wait_for_first(self):
@@ -265,13 +265,13 @@ class Run:
             if write.path.name == "best.pt":
                 self.best_loss = write.about.best_val_loss
             if self.s.wandb_log_checkpoints and write.path.name != "final.pt":
-                self.wandb.log_file(self.out / write.path.name)
+                self.wandb.log_file(write.path)
 
     def failed(self, write):
         """Report a write that failed. Raises UserError for final.pt, and where no ckpt.pt stands yet."""
         self.check_folder()
         self.remedy = files.remedy(write.error, f"in {self.out}")
-        names = " and ".join(str(self.out / path.name) for path in [write.path, *write.links])
+        names = " and ".join(map(str, [write.path, *write.links]))
         reason = f"{names} could not be written ({write.error.strerror or write.error})"
         if not self.ckpt_path.is_file():
             raise UserError(f"{reason}; {files.remedy(write.error, 'there')}, or name another --out_dir")
@@ -311,18 +311,6 @@ def identity(path):
     with contextlib.suppress(OSError):
         status = os.stat(path)
         return status.st_dev, status.st_ino
-
-
-def pinned(folder):
-    """A path to this very folder, wherever it is moved to meanwhile; its own path where the system has no such thing.
-
-    So a write that has begun never ends in a folder that took the name.
-    """
-    with contextlib.suppress(OSError):
-        path = Path(f"/proc/self/fd/{os.open(folder, os.O_RDONLY)}")
-        if path.is_dir():
-            return path
-    return folder
 
 
 def keep_rows_before(path, step):

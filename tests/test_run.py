@@ -488,22 +488,6 @@ def test_an_out_dir_that_can_t_be_is_one_line(name):
     assert "can't be written" in refusal(Loop, out_dir=name)
 
 
-@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="this system has no /proc")
-def test_a_folder_that_is_replaced_while_a_write_goes_on_gets_nothing_of_it(monkeypatch):
-    loop, save = Loop(eval_interval=0).go(1), checkpoint.save
-
-    def replace_meanwhile(path, content, links=()):
-        os.rename("out/a", "out/b")
-        Path("out/a").mkdir()
-        Path("out/a/ckpt.pt").write_text("of another run")
-        save(path, content, links)
-
-    monkeypatch.setattr(checkpoint, "save", replace_meanwhile)
-    assert "of step 1, is where that folder was moved to" in refusal(loop.run.finish, interrupted=True)
-    assert {path.name: path.read_text() for path in Path("out/a").iterdir()} == {"ckpt.pt": "of another run"}
-    assert on_disk("out/b") == {"ckpt.pt": 1}
-
-
 def test_a_folder_that_is_gone_when_a_write_begins_is_said_as_such(monkeypatch):
     loop = Loop(eval_interval=0).go(1)
 
