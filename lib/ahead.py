@@ -57,10 +57,9 @@ def warnings(s, max_iters, steps_per_epoch):
 
 def size(model, s, rt):
     """A line on a model and the memory of its training."""
-    line = (
-        f"{model.num_params() / 1e6:.5g} M parameters without positions, {model.flops_per_token() / 1e9:.4g} GFLOP a "
-    )
-    return line + f"token, about {runtime.expected_memory(model.config, s, rt) / 1e9:.2g} GB"
+    parameters, flops = model.num_params() / 1e6, model.flops_per_token() / 1e9
+    memory = runtime.expected_memory(model.config, s, rt) / 1e9
+    return f"{parameters:.5g} M parameters without positions, {flops:.4g} GFLOP a token, about {memory:.2g} GB"
 
 
 def planned_iters(cls):
