@@ -79,9 +79,9 @@ class Runtime:
         """Bytes of the device's memory; 0 where the system does not tell."""
         if self.device.type == "cuda":
             return torch.cuda.get_device_properties(self.device).total_memory
-        names = ("SC_PAGE_SIZE", "SC_PHYS_PAGES")
-        sizes = [os.sysconf(name) for name in names if name in getattr(os, "sysconf_names", ())]
-        memory = math.prod(sizes) if len(sizes) == 2 and min(sizes) > 0 else 0
+        memory = 0
+        with suppress(AttributeError, OSError, ValueError):  # Windows has no sysconf.
+            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         with suppress(OSError, ValueError):  # A container may have a limit. The text "max" means none.
             memory = min(memory, int(Path("/sys/fs/cgroup/memory.max").read_text()))
         return memory
