@@ -26,7 +26,7 @@ def choose_batch_size(model, s, start, rt):
     sizes = [n for n in range(1, min(share, MOST) + 1) if share % n == 0]
     sizes = [n for n in sizes if n == 1 or runtime.least_memory(model.config, s, rt, n) <= memory]
     on_gpu = rt.device.type == "cuda"
-    batch_size = rt.least((largest if on_gpu else fastest)(model, sizes, s, rt))
+    batch_size = min(rt.gather((largest if on_gpu else fastest)(model, sizes, s, rt)))
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(rt.device)  # The peak of the run is not that of the trials.
     s.batch_size, s.gradient_accumulation_steps = batch_size, sequences // batch_size

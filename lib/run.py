@@ -109,7 +109,7 @@ class Run:
         if not math.isfinite(val_loss):
             raise self.diverged(f"the validation loss is {val_loss}")
         # Only the first process knows of a best.pt that could not be written.
-        state.best_val_loss = self.rt.of_the_first(state.best_val_loss)
+        state.best_val_loss = self.rt.gather(state.best_val_loss)[0]
         state.worse = 0 if val_loss < state.best_val_loss else state.worse + 1
         state.best_val_loss = min(state.best_val_loss, val_loss)
         self.sample_is_due = self.writes and self.s.sample_tokens > 0

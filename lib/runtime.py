@@ -104,28 +104,12 @@ class Runtime:
                 f"--gradient_accumulation_steps={math.ceil(steps / unit) * unit}"
             )
 
-    def same(self, value):
-        """Whether all processes hold the same plain value."""
-        if self.world_size == 1:
-            return True
-        values = [None] * self.world_size
-        torch.distributed.all_gather_object(values, value)
-        return all(v == value for v in values)
-
-    def of_the_first(self, value):
-        """The plain value that the first process holds."""
-        values = [value]
+    def gather(self, value):
+        """The plain values that all processes hold, in the order of their ranks. Each of them calls this."""
+        values = [value] * self.world_size
         if self.world_size > 1:
-            torch.distributed.broadcast_object_list(values)
-        return values[0]
-
-    def least(self, number):
-        """The smallest of the whole numbers that the processes hold."""
-        if self.world_size == 1:
-            return number
-        least = torch.tensor(number, device=self.device if self.device.type == "cuda" else "cpu")
-        torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)
-        return least.item()
+            torch.distributed.all_gather_object(values, value)
+        return values
 
     def sum(self, tensor):
         """The tensor, summed in place over all processes."""

@@ -206,7 +206,7 @@ def test_a_run_killed_between_its_checkpoint_and_its_best_writes_the_best(disk):
 def test_the_other_processes_write_nothing(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(runtime.Runtime, "of_the_first", lambda rt, value: value)
+    monkeypatch.setattr(runtime.Runtime, "gather", lambda rt, value: [value, value])
     loop = Loop(5.0, 4.0).go(1)
     loop.run.finish(interrupted=False)
     loop.run.close()
@@ -331,8 +331,8 @@ def test_all_processes_agree_on_a_best_that_the_first_could_not_write(disk, monk
     monkeypatch.setenv("WORLD_SIZE", "2")
     second = Loop(5.0, 4.0, 4.5, 4.6, patience=1)
     told = []
-    monkeypatch.setattr(first.rt, "of_the_first", lambda value: told.append(value) or value, raising=False)
-    monkeypatch.setattr(second.rt, "of_the_first", lambda value: told.pop(), raising=False)
+    monkeypatch.setattr(first.rt, "gather", lambda value: told.append(value) or [value], raising=False)
+    monkeypatch.setattr(second.rt, "gather", lambda value: [told.pop(), value], raising=False)
     disk.full = {"best.pt"}
     for step in range(4):
         disk.full = {"best.pt"} if step == 1 else set()
