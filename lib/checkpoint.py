@@ -210,8 +210,8 @@ def load(path, remedy="--init_from=PATH takes another"):
     path = Path(path)
     if not path.is_file():
         inside = ", ".join(checkpoints_in(path))
-        remedy = f"it is a folder, name one of its files ({inside})" if inside else "check the path"
-        raise UserError(f"there is no checkpoint {path}; {remedy}")
+        hint = f"it is a folder, name one of its files ({inside})" if inside else "check the path"
+        raise UserError(f"there is no checkpoint {path}; {hint}")
     try:
         # torch.load does not look at the archive's checksums. It takes a record that is marked as a folder for empty.
         with zipfile.ZipFile(path) as archive:
@@ -250,15 +250,10 @@ def checkpoints_in(folder):
 
 def check_whole(checkpoint, path):
     """Raise UserError unless a loaded checkpoint has all that a run needs to go on."""
-    if "format" not in checkpoint:
-        raise UserError(
-            f"{path} is nanoGPT's, which does not say where in the data it was; start a new run from its weights: "
-            f"--init_from={path} and another --out_dir"
-        )
-    if "sequence_index" not in checkpoint:
-        raise UserError(
-            f"{path} holds weights alone; a new run starts from them by --init_from={path} and another --out_dir"
-        )
+    if not {"format", "sequence_index"} <= checkpoint.keys():
+        nanogpts = "is nanoGPT's, which does not say where in the data it was"
+        what = "holds weights alone" if "format" in checkpoint else nanogpts
+        raise UserError(f"{path} {what}; a new run starts from its weights by --init_from={path} and another --out_dir")
     for key, fits in (SCHEMA | RUN_SCHEMA).items():
         if key == "val_sha256" and key not in checkpoint:  # The first files of format 1 do not have it.
             continue
