@@ -5,7 +5,6 @@ keys hold what they hold there: model, optimizer, model_args, iter_num, best_val
 SCHEMA and RUN_SCHEMA list them all.
 """
 
-import contextlib
 import glob
 import math
 import os
@@ -43,28 +42,21 @@ def save(path, checkpoint, links=()):
         # The file may lie on a larger disk, and the link to it stays. One to a kept file or to another run's goes.
         if file.name == path.name and not file.with_name(".lock").exists():
             path = file
-    partials = [file.with_name(f"{file.name}.partial") for file in (path, *links)]
-    partial, *linked = partials
     try:
-        with files.open_new(partial) as f:
-            torch.save(checkpoint, f)
-            files.sync(f)
-        for another, link in zip(linked, links, strict=True):
-            another.unlink(missing_ok=True)
-            try:
-                os.link(partial, another)
-            except OSError:  # a file system without hard links
-                shutil.copyfile(partial, another)
-            os.replace(another, link)
-        os.replace(partial, path)
+        with files.in_place_of(path) as partial:
+            with open(partial, "xb") as f:
+                torch.save(checkpoint, f)
+                files.sync(f)
+            for link in links:
+                with files.in_place_of(link) as another:
+                    try:
+                        os.link(partial, another)
+                    except OSError:  # a file system without hard links
+                        shutil.copyfile(partial, another)
     except RuntimeError as error:  # torch's writer hides what the system said, such as that the disk is full.
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise OSError(f"writing {path} failed: {error}") from None
-    finally:
-        for file in partials:
-            with contextlib.suppress(OSError):
-                file.unlink()
     files.sync_folder(path.parent)
 
 

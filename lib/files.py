@@ -56,10 +56,20 @@ def remedy(error, place):
     return f"make room {place}" if error.errno in NO_ROOM else f"mend what is wrong {place}"
 
 
-def open_new(path):
-    """Open a new file for writing, in bytes. A file or a link that has its name already goes, and nothing behind it."""
-    path.unlink(missing_ok=True)
-    return open(path, "xb")
+@contextlib.contextmanager
+def in_place_of(path):
+    """A name for a new file, which takes the place of `path` whole at the end of the `with`. Raises OSError.
+
+    A file or a link that has the name already goes, and nothing behind it. A new file that is not whole goes too.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    partial.unlink(missing_ok=True)
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
 
 
 def write_text(path, text):
@@ -67,14 +77,8 @@ def write_text(path, text):
     if path.exists() and not path.is_file():
         path.write_text(text, encoding="utf-8")
         return
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        with open_new(partial) as f:
-            f.write(text.encode())
-        os.replace(partial, path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
+    with in_place_of(path) as partial, open(partial, "xb") as f:
+        f.write(text.encode())
 
 
 def append_line(path, line):
