@@ -286,14 +286,14 @@ class Run:
 
     def check_folder(self):
         """Raise UserError where out_dir is no longer the folder that was locked. Another run may be in its place."""
-        if identity(self.out) == self.folder_id and identity(self.out / ".lock") != self.lock_id:
-            self.take_lock()  # Somebody has removed the file, and another process could lock a new one.
         if identity(self.out) != self.folder_id:
             step = f", of step {self.saved.step:,}," if self.saved else ""
             raise UserError(
                 f"{self.out} is no longer the folder that this run has locked, so nothing more is written there; the "
                 f"last checkpoint{step} is where that folder was moved to, if it was not removed"
             )
+        if identity(self.out / ".lock") != self.lock_id:
+            self.take_lock()  # Somebody has removed the file, and another process could lock a new one.
 
     def diverged(self, how):
         """The UserError of a run that can't recover, once the writes before it have ended."""
