@@ -46,8 +46,7 @@ def lost_process_advice():
         if not (apart and torch.distributed.is_initialized()):
             raise
         reason = " ".join(str(error).split())
-        line = f"the processes have lost each other ({reason}); the one that ended first says why"
-        settings.say(line, file=sys.stderr)
+        settings.say(f"the processes have lost each other ({reason}); the one that ended first says why", sys.stderr)
         os._exit(1)  # An orderly end would wait for the others.
 
 
