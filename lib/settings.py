@@ -65,7 +65,9 @@ def run(main):
     except KeyboardInterrupt:
         end("interrupted", 130)
     finally:
-        drop_unwritten_output()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(BrokenPipeError):
+                flush(stream)
 
 
 def keep_standard_files():
@@ -82,26 +84,17 @@ def keep_standard_files():
 
 
 def flush(stream):
-    """Whether a stream took all that was printed. Raises BrokenPipeError where its reader is gone."""
+    """Have a stream write what it holds, and forget what a full disk or a closed terminal does not take.
+
+    For that Python would end with a status of its own. Raises BrokenPipeError where the reader of the stream is gone.
+    """
     try:
         if stream:
             stream.flush()
-        return True
-    except BrokenPipeError:
-        raise
-    except (OSError, ValueError):
-        return False
-
-
-def drop_unwritten_output():
-    """Forget what a full disk or a closed terminal did not take. For that Python would end with a status of its own."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            taken = flush(stream)
-        except BrokenPipeError:
-            taken = False
-        if not taken:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    except (OSError, ValueError) as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        if isinstance(error, BrokenPipeError):
+            raise
 
 
 def say(text, file=None, end="\n"):
