@@ -25,7 +25,6 @@ import numbers
 import os
 import re
 import shlex
-import symtable
 import sys
 import tokenize
 import types
@@ -234,16 +233,14 @@ def read_file(path, known):
         if is_bare or isinstance(node, ast.AnnAssign) and node.value is None:
             raise UserError(f"{path}:{node.lineno}: this sets nothing; a config file is Python, with key = value")
     lines = {n.id: n.lineno for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-    # A setting that an = makes a function or a module is a slip. A def, a class or an import may have a setting's name.
-    symbols = symtable.symtable(source, path, "exec").get_symbols()
-    assigned = {s.get_name() for s in symbols if s.is_assigned() and not s.is_imported() and not s.is_namespace()}
     values = {}
     for key, value in names.items():
         where = f"{path}:{lines.get(key, 1)}"
         if key.startswith("_"):
             continue
         if isinstance(value, types.ModuleType) or callable(value):
-            if key in known & assigned:
+            # With an = it is a slip. A def, a class or an import may have the name of a setting.
+            if key in known and key in lines:
                 raise UserError(
                     f"{where}: {key} is a {type(value).__name__}; give it a value, or begin the name of your own with _"
                 )

@@ -322,7 +322,7 @@ def test_a_setting_that_is_a_function_is_no_name_to_pass_over(write, line):
 @pytest.mark.parametrize(
     "text",
     [
-        "def f():\n    out_dir = 'x'\nfrom os import path as out_dir",
+        "from os import path as out_dir",
         "def out_dir(): return 1",
         "import os as out_dir",
         "exec('def out_dir(): return 1')",
