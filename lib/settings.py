@@ -151,22 +151,19 @@ def load(cls, argv=None, positional="", command_line_only=(), bare_means=""):
         if arg.startswith("--") and equals and key in hints:
             given[key] = convert(key, text, hints[key], arg, is_text=True)
             continue
-        if arg[:1] in DASHES:
+        is_no_path = "=" in arg and not os.path.exists(arg)
+        if arg[:1] in DASHES or is_no_path and (not positional or arg.partition("=")[0] in hints):
             refuse_setting(arg, argv[i + 1 :], hints)
         if i and argv[i - 1].startswith("--") and argv[i - 1].endswith(","):
             raise UserError(f"{arg}: no space follows a comma, write {shlex.quote(argv[i - 1] + arg)}")
         if "init_from" in hints and arg.endswith(".pt"):
             raise UserError(f"{arg}: a checkpoint is not a config file, write {example('init_from', [arg], str)}")
-        if positional and arg.partition("=")[0] in hints and "=" in arg and not os.path.exists(arg):
-            refuse_setting(arg, [], hints)
         bare.append(arg)
     if positional:
         return cls(**at_home(given, but=bare_means), **{positional: tuple(map(home_for_tilde, bare))})
     values = {}
     for path in bare:
         if not os.path.isfile(path):
-            if "=" in path:
-                refuse_setting(path, [], hints)
             raise UserError(no_such_file(path, bare_means))
         for key, (value, where) in read_file(path, known=set(hints) | shared_keys()).items():
             if key in hints and key not in command_line_only:
