@@ -164,7 +164,7 @@ def load(cls, argv=None, positional="", command_line_only=(), bare_means=""):
     values = {}
     for path in bare:
         if not os.path.isfile(path):
-            raise UserError(no_such_file(path, bare_means))
+            raise UserError(no_such_file(path, hints, bare_means))
         for key, (value, where) in read_file(path, known=set(hints) | shared_keys()).items():
             if key in hints and key not in command_line_only:
                 values[key] = convert(key, value, hints[key], where)
@@ -248,10 +248,10 @@ def read_file(path, known):
     return values
 
 
-def no_such_file(path, bare_means):
+def no_such_file(path, hints, bare_means):
     """What to say of a bare argument that is no config file."""
     for key, name in (("init_from", "config.json"), ("out_dir", "*.pt")):
-        if glob.glob(os.path.join(glob.escape(path), name)):
+        if key in hints and glob.glob(os.path.join(glob.escape(path), name)):
             return f"{path}: this folder is no config file; write {example(key, [path], str)}"
     close = difflib.get_close_matches(path, map(str, Path("config").glob("*.py")), n=1, cutoff=0.4)
     hint = f"did you mean {close[0]}?" if close else "it is looked for from the current folder"

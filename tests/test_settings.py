@@ -499,7 +499,8 @@ def test_a_missing_file_is_answered_with_the_nearest_one(wrong, near, tmp_path, 
     for name, key in (("best.pt", "out_dir"), ("config.json", "init_from")):
         (tmp_path / key).mkdir()
         (tmp_path / key / name).touch()
-        assert mistake([key]) == f"{key}: this folder is no config file; write --{key}={key}"
+        assert mistake([key], cls=train.Settings) == f"{key}: this folder is no config file; write --{key}={key}"
+    assert mistake(["init_from"]).startswith("init_from: no such config file")  # Example has no such setting.
     assert mistake(["--config=config/demo.py"]).endswith("a config file is named alone, write config/demo.py")
 
 
