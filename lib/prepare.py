@@ -115,19 +115,6 @@ def cut_before_space(text):
     return next((i for i in range(len(text) - 1, first, -1) if text[i].isspace() and not text[i - 1].isspace()), 0)
 
 
-ASCII_SPACE = np.array([chr(i).isspace() and i < 128 for i in range(256)])
-OTHER_SPACE = [chr(i) for i in range(128, 0x3001) if chr(i).isspace()]
-
-
-def count_words(text):
-    """The same as len(text.split()), without the memory of a list."""
-    if not text.isascii():
-        for space in OTHER_SPACE:
-            text = text.replace(space, " ")
-    space = ASCII_SPACE.take(np.frombuffer(text.encode(), np.uint8))
-    return int(np.count_nonzero(space[:-1] > space[1:])) + int(len(space) > 0 and not space[0])
-
-
 # ---- encoding ----
 
 
@@ -145,7 +132,7 @@ def encode_pieces(tok, dtype, pieces):
         counts = {
             "tokens": len(encoded),
             "documents": int(is_first),
-            "words": count_words(text),
+            "words": len(text.split()),
             "lines": text.count("\n") + (is_last and text[-1:] not in ("", "\n")),
             "bytes": len(text) if text.isascii() else len(text.encode()),
         }
