@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -36,21 +37,21 @@ NEAR = 4096  # bytes on either side of one that is not text, which tell what the
 # ---- reading text ----
 
 
-def decode(file, name, begin=0, size=None, takes_utf16=False):
+def decode(file, name, begin=0, end=math.inf, takes_utf16=False):
     """Yield the text of an open binary file in blocks. `name` is what an error calls the file.
 
-    begin: the offset of the first byte. size: bytes to read; None is all there are. takes_utf16: read as UTF-16 what
-    begins with its byte-order mark, and as UTF-8 the rest. Raises UserError for a byte that is not of the encoding,
-    with its offset, and for a file that can't be read.
+    begin: the offset at which the file stands. end: the offset after the last byte; inf is the end of the file.
+    takes_utf16: read as UTF-16 what begins with its byte-order mark, and as UTF-8 the rest. Raises UserError for a byte
+    that is not of the encoding, with its offset, and for a file that can't be read.
     """
-    at, end, decoder = begin, None if size is None else begin + size, None
-    while at != end:
+    at, decoder = begin, None
+    while at < end:
         try:
-            block = file.read(PIECE if end is None else min(PIECE, end - at))
+            block = file.read(min(PIECE, end - at))
         except (OSError, EOFError, zlib.error) as error:  # A broken disk is reported without the name of the file.
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"{name} can't be read ({reason}); put a sound copy in its place") from None
-        if not block and end is not None:
+        if not block and end < math.inf:
             raise UserError(f"{name} became shorter while it was read; prepare again")
         if decoder is None:
             is_utf16 = takes_utf16 and block[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -89,10 +90,10 @@ def read_pieces(path, begin=0, end=None):
     A piece ends where white space follows something else. GPT-2's pre-tokenizer breaks there, whatever comes later.
     Raises UserError as decode does.
     """
-    size, text = (os.path.getsize(path) if end is None else end) - begin, ""
+    text = ""
     with open(path, "rb") as f:
         f.seek(begin)
-        for block in decode(f, path, begin, size):
+        for block in decode(f, path, begin, os.path.getsize(path) if end is None else end):
             # The text before is cut only now, since the last piece takes what is left.
             if cut := cut_before_space(text):
                 yield text[:cut], False
