@@ -193,8 +193,7 @@ def read_records(path, column, folder):
         parted = {"csv": ", in which commas must part the fields", "tsv": ", in which tabs must part the fields"}
         with prepare.one_line(f"{path} can't be read as records of {kind}", f"mend the file{parted.get(kind, '')}"):
             file = path
-            # The library reads parquet from its end, and takes brackets for an address where it has to unpack.
-            if path.suffix.lower() == ".gz" and (kind == "parquet" or glob.escape(str(path)) != str(path)):
+            if path.suffix.lower() == ".gz":  # The library can unpack neither parquet nor a name with brackets.
                 file = new_file(folder, f".{kind}")
                 with gzip.open(path) as packed, open(file, "wb") as unpacked:
                     shutil.copyfileobj(packed, unpacked)
