@@ -313,23 +313,30 @@ def guess(key, known, cutoff=0.5):
     return "", ""
 
 
+# What a message says that a setting of a type takes.
+WANTED = {
+    bool: "True or False",
+    int: "a whole number",
+    float: "a number",
+    str: "text in quotes",
+    tuple: "a list, written a,b",
+}
+
+
 def convert(key, value, hint, where, is_text=False):
     """`value` as the type `hint` asks for. Text from a command line is parsed. A file's value must fit as it is.
 
     Raises UserError, which begins with `where` the value stands.
     """
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    kind = origin or hint
-    wanted = "True or False" if kind is bool else "a whole number" if kind is int else "a number"
+    kind, args = typing.get_origin(hint) or hint, typing.get_args(hint)
+    wanted = WANTED.get(kind) or "one of " + ", ".join(str(choice) for choice in args if choice != "")
     if isinstance(value, numbers.Number) and hasattr(value, "item"):  # numpy's
         value = value.item()
-    if origin is typing.Literal:
-        for choice in args:
+    if kind in (bool, typing.Literal):
+        for choice in args or (True, False):
             if (str(choice).lower() == value.lower()) if is_text else (type(choice), choice) == (type(value), value):
                 return choice
-        wanted = "one of " + ", ".join(str(choice) for choice in args if choice != "")
     elif kind is str:
-        wanted = "text in quotes"
         value = os.fspath(value) if isinstance(value, Path) else value
         if isinstance(value, str):
             # No name of a file has these. Python keeps an argument's bytes that are not UTF-8 as the other surrogates.
@@ -340,12 +347,6 @@ def convert(key, value, hint, where, is_text=False):
         items = [v.strip() for v in value.split(",") if v.strip()] if isinstance(value, str) else value
         if isinstance(items, (list, tuple)):
             return tuple(convert(key, item, args[0], where, isinstance(value, str)) for item in items)
-        wanted = "a list, written a,b"
-    elif kind is bool:
-        if is_text and value.lower() in ("true", "false"):
-            return value.lower() == "true"
-        if isinstance(value, bool):
-            return value
     elif not isinstance(value, bool) and isinstance(value, str if is_text else (int, float)):
         with contextlib.suppress(ValueError, OverflowError):
             return number(value, kind)
