@@ -24,6 +24,7 @@ import numpy as np
 from filelock import Timeout
 
 PIECE = 1 << 20  # bytes of a read, and about as many characters for a thread at a time
+UP_TO_BLANK = re.compile(r".*\S(?=[ \t\r\n])", re.DOTALL)  # all before the last blank that follows something else
 # How files begin that a program has packed: (what it is, what unpacks it).
 PACKED = {
     b"\x1f\x8b": ("gzip", "gunzip"),
@@ -87,33 +88,20 @@ def advice(near, encoding):
 def read_pieces(path, begin=0, end=None):
     """Yield the text in bytes begin..end of a file as pieces (text, is_last) that encode as the whole would.
 
-    A piece ends where white space follows something else. GPT-2's pre-tokenizer breaks there, whatever comes later.
+    A piece ends where a blank follows something else. GPT-2's pre-tokenizer breaks there, whatever comes later.
     Raises UserError as decode does.
     """
     text = ""
     with open(path, "rb") as f:
         f.seek(begin)
         for block in decode(f, path, begin, os.path.getsize(path) if end is None else end):
-            # The text before is cut only now, since the last piece takes what is left.
-            if cut := cut_before_space(text):
-                yield text[:cut], False
-                text = text[cut:]
+            # The text before is cut only now, since the last piece takes what is left. What lies before its newest
+            # block was searched when that was read.
+            if found := UP_TO_BLANK.match(text, max(0, len(text) - PIECE - 1)):
+                yield text[: found.end()], False
+                text = text[found.end() :]
             text += block
     yield text, True
-
-
-def cut_before_space(text):
-    """The last position at which a newline follows something other than white space; 0 where there is none.
-
-    A text without such a newline is cut at any other white space in the same way.
-    """
-    cut = text.rfind("\n")
-    while cut > 0 and text[cut - 1].isspace():
-        cut = text.rfind("\n", 0, cut)
-    if cut > 0:
-        return cut
-    first = max(0, len(text) - PIECE - 1)  # An earlier call has searched what lies before.
-    return next((i for i in range(len(text) - 1, first, -1) if text[i].isspace() and not text[i - 1].isspace()), 0)
 
 
 # ---- encoding ----
