@@ -385,8 +385,12 @@ def check(s, positive="", not_negative="", fraction="", divisible="", folder="")
     for name in folder.split():
         if not getattr(s, name):
             raise UserError(f"{name} is empty; name a folder, or leave it out")
-    ranges = [(positive, lambda v: v > 0, "must be more than 0"), (not_negative, lambda v: v >= 0, "can't be negative")]
-    for names, fits, says in [*ranges, (fraction, lambda v: 0 <= v < 1, "must be at least 0 and less than 1")]:
+    ranges = (
+        (positive, lambda v: v > 0, "must be more than 0"),
+        (not_negative, lambda v: v >= 0, "can't be negative"),
+        (fraction, lambda v: 0 <= v < 1, "must be at least 0 and less than 1"),
+    )
+    for names, fits, says in ranges:
         for name in names.split():
             if not fits(value := getattr(s, name)):
                 raise UserError(f"{name}={value}: {name} {says}")
