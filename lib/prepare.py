@@ -197,8 +197,7 @@ def encode_into(folder, name, tok, dtype, pieces, total_bytes, threads):
                 group, size = [], 0
             if len(queue) > 3 * threads:
                 write_oldest()
-        if group:
-            queue.append(pool.submit(encode_pieces, tok, dtype, group))
+        queue.append(pool.submit(encode_pieces, tok, dtype, group))
         while queue:
             write_oldest()
         entries = {split: written[split].finish() for split in data.TOKEN_FILES if split in written}
