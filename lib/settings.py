@@ -31,9 +31,6 @@ import types
 import typing
 from pathlib import Path
 
-# A config file describes a run. Each of these scripts reads it and takes the settings that it declares itself.
-SHARED_BY = ("train.py", "eval.py", "sample.py")
-
 # An editor may turn the two hyphens of an option into a longer dash.
 DASHES = "-\N{HYPHEN}\N{EN DASH}\N{EM DASH}\N{HORIZONTAL BAR}\N{MINUS SIGN}"
 
@@ -261,9 +258,12 @@ def no_such_file(path, hints, bare_means):
 
 
 def shared_keys():
-    """The settings of the scripts that read a run's config file, from their source, without an import."""
+    """The settings of the scripts that read a run's config file, from their source, without an import.
+
+    Each of these scripts takes the settings that it declares itself.
+    """
     root, keys = Path(__file__).parent.parent, set()
-    for script in SHARED_BY:
+    for script in ("train.py", "eval.py", "sample.py"):
         for node in ast.parse((root / script).read_text(encoding="utf-8")).body:
             if isinstance(node, ast.ClassDef) and node.name == "Settings":
                 keys |= {item.target.id for item in node.body if isinstance(item, ast.AnnAssign)}
@@ -406,8 +406,8 @@ def help_text(cls, positional=""):
     """The script's docstring, and each setting with its default and its comment from the source of `cls`."""
     defaults = {f.name: f.default for f in dataclasses.fields(cls)}
     bare = f"{positional.upper()}..." if positional else "[CONFIG_FILE...]"
-    out = [(sys.modules[cls.__module__].__doc__ or "").strip(), ""]
-    out += [f"usage: python {Path(sys.argv[0]).name} {bare} [--KEY=VALUE...]"]
+    usage = f"usage: python {Path(sys.argv[0]).name} {bare} [--KEY=VALUE...]"
+    out = [(sys.modules[cls.__module__].__doc__ or "").strip(), "", usage]
     source = inspect.getsource(cls)
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
