@@ -83,7 +83,9 @@ def place_to_cut(path, begin, end, share, is_alone):
     spaces = (first - 1 + space.start() for space in re.finditer(rb"(?<=\S)\s", window))
     nearest = [min(places, key=lambda at: abs(at - near), default=0) for places in (line_ends, spaces)]
     close = [at for at in nearest if at and abs(at - near) <= share / 2]
-    return close[0] if close else nearest[0] * is_alone
+    if close:
+        return close[0]
+    return nearest[0] if is_alone else 0
 
 
 def share_out(texts, fraction, seed):
