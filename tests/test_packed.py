@@ -5,6 +5,7 @@ import weakref
 from types import SimpleNamespace
 
 from lib import packed
+from model import MLP
 
 import pytest
 import torch
@@ -138,6 +139,24 @@ def test_what_is_packed_depends_on_what_torch_has(monkeypatch):
         monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda oneDNN=oneDNN: oneDNN)
         monkeypatch.setattr(torch.backends, "quantized", SimpleNamespace(engine=engine))
         assert (packed.available(), packed.available(rounds=True)) == wanted
+
+
+@pytest.mark.parametrize("rounds", [False, True])
+@pytest.mark.parametrize("block_size", [1, 2, 16])
+def test_blocks_that_somebody_has_changed_write_by_their_own_forward_pass(monkeypatch, block_size, rounds):
+    def written(model):
+        return torch.stack(list(model.generate(prompts(1), 30, temperature=0))).tolist()
+
+    original = random_model(block_size=block_size)
+    packed.pack(original, 1, rounds)
+    assert "hidden" in vars(original)  # GPT-2's own blocks take the short way.
+    monkeypatch.setattr(MLP, "forward", lambda self, x: self.c_proj(self.c_fc(x).relu()))
+    changed = random_model(block_size=block_size)
+    for p in changed.parameters():
+        p.copy_(p.half())  # Rounding changes nothing then.
+    plain = written(changed)
+    packed.pack(changed, 1, rounds)
+    assert written(changed) == plain
 
 
 # ---- the output layer of the likeliest ids ----
