@@ -151,7 +151,7 @@ def load(cls, argv=None, positional="", command_line_only=(), bare_means=""):
         is_no_path = "=" in arg and not os.path.exists(arg)
         if arg[:1] in DASHES or is_no_path and (not positional or arg.partition("=")[0] in hints):
             refuse_setting(arg, argv[i + 1 :], hints)
-        if i and argv[i - 1].startswith("--") and argv[i - 1].endswith(","):
+        if i and argv[i - 1].endswith(",") and takes_a_list(argv[i - 1], hints):
             raise UserError(f"{arg}: no space follows a comma, write {shlex.quote(argv[i - 1] + arg)}")
         if "init_from" in hints and arg.endswith(".pt"):
             raise UserError(f"{arg}: a checkpoint is not a config file, write {example('init_from', [arg], str)}")
@@ -166,6 +166,12 @@ def load(cls, argv=None, positional="", command_line_only=(), bare_means=""):
             if key in hints and key not in command_line_only:
                 values[key] = convert(key, value, hints[key], where)
     return cls(**at_home(values | given, but=bare_means))
+
+
+def takes_a_list(arg, hints):
+    """Whether an argument is a setting of several values. A prompt or a separator may end in a comma itself."""
+    key = arg[2:].partition("=")[0].replace("-", "_")
+    return arg.startswith("--") and (key == "init_from" or typing.get_origin(hints.get(key)) is tuple)
 
 
 def at_home(values, but):

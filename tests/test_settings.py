@@ -477,6 +477,14 @@ def test_a_positional_setting_by_its_name_is_a_value_or_a_mistake_and_no_traceba
 def test_a_list_with_a_space_in_it_is_put_together():
     assert mistake(["--sizes=1,", "2"]) == "2: no space follows a comma, write --sizes=1,2"
     assert mistake(["--wandb_tags=a b,", "c"]) == "c: no space follows a comma, write '--wandb_tags=a b,c'"
+    assert mistake(["--init_from=a.pt,", "b.pt"], cls=sample.Settings).endswith("write --init_from=a.pt,b.pt")
+
+
+def test_a_text_may_end_in_a_comma(write):
+    s = settings.load(Example, ["--out_dir=Once upon a time,", write("batch_size = 3")])
+    assert (s.out_dir, s.batch_size) == ("Once upon a time,", 3)
+    s = settings.load(prepare_text.Settings, ["--separator=,", "notes.txt"], positional="path")
+    assert (s.separator, s.path) == (",", ("notes.txt",))
 
 
 @pytest.mark.parametrize(
