@@ -5,6 +5,7 @@ keys hold what they hold there: model, optimizer, model_args, iter_num, best_val
 SCHEMA and RUN_SCHEMA list them all.
 """
 
+import difflib
 import glob
 import math
 import os
@@ -289,9 +290,14 @@ def of_run(out_dir):
     return [p for p in paths if p.is_file()]
 
 
+def runs():
+    """The folders of runs under out/, and out/ itself where it is one."""
+    return [folder for folder in (Path("out"), *Path("out").glob("*/")) if of_run(folder)]
+
+
 def newest_run():
-    """The folder under out/, or out/ itself, that was saved to last. Raises UserError for none."""
-    saved = [p for folder in (Path("out"), *Path("out").glob("*/")) for p in of_run(folder)]
+    """The run that was saved to last. Raises UserError for none."""
+    saved = [p for folder in runs() for p in of_run(folder)]
     if not saved:
         raise UserError("there is no run under out/; train one, or name a model by --init_from=")
     return max(saved, key=lambda p: p.stat().st_mtime).parent
@@ -320,7 +326,10 @@ def open_run(out_dir="", init_from=""):
         raise UserError(f"out_dir={out_dir} is a file; a checkpoint is opened by --init_from={out_dir}")
     folder = Path(out_dir) if out_dir else newest_run()
     if not (paths := of_run(folder)):
-        raise UserError(f"there is no checkpoint in {folder}; train first, or name a model by --init_from=")
+        named = {run.name: run for run in runs()}
+        close = difflib.get_close_matches(folder.name, named, n=1)
+        hint = f"did you mean {named[close[0]]}? Else " if close else ""
+        raise UserError(f"there is no checkpoint in {folder}; {hint}train first, or name a model by --init_from=")
     return open_model(paths[0])
 
 

@@ -313,8 +313,11 @@ def test_the_newest_run(tmp_path, model, monkeypatch):
     assert checkpoint.open_run().path == Path("out/c/best.pt")
     assert checkpoint.open_run(out_dir="out/a").path == Path("out/a/ckpt.pt")
     assert checkpoint.open_run("out/a", init_from="out/b/best.pt").path == Path("out/b/best.pt")
-    with pytest.raises(UserError, match="no checkpoint in out/none"):
+    with pytest.raises(UserError, match="no checkpoint in out/none; train first"):
         checkpoint.open_run("out/none")
+    Path("out/a").rename("out/books-lr3")
+    with pytest.raises(UserError, match="no checkpoint in out/book_lr3; did you mean out/books-lr3.* Else train first"):
+        checkpoint.open_run("out/book_lr3")
 
 
 def test_a_tokenizer_that_only_the_number_of_ids_tells_is_said(tmp_path, capsys):
