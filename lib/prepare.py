@@ -181,6 +181,8 @@ def encode_into(folder, name, tok, dtype, pieces, total_bytes, threads):
         def write_oldest():
             for split, (ids, piece_counts) in queue.popleft().result().items():
                 if split not in written:
+                    if split not in data.TOKEN_FILES:
+                        raise UserError(f"a piece is for the split {split!r}; the splits are {', '.join(data.SPLITS)}")
                     file = stack.enter_context(open(folder / f"{split}.bin", "wb"))
                     # The train split may have millions of documents, and nothing needs the counts of each.
                     written[split] = SplitFile(file, lists_documents=split != "train")

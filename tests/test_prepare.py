@@ -273,6 +273,13 @@ def test_given_counts_replace_those_of_the_text(cwd):
     assert prepare.summary("d", meta).splitlines()[1].endswith("9 words, 5 lines")
 
 
+def test_a_split_of_another_name_is_refused(cwd):
+    pieces = [("train", "a", True), ("validation", "b", True)]
+    with pytest.raises(UserError, match="the split 'validation'; the splits are train, val, test"):
+        prepare.write("d", tokenizer.BytesTokenizer(), pieces, 1)
+    assert data.names() == []
+
+
 class Slow(tokenizer.BytesTokenizer):
     def __init__(self):
         self.seen = []
