@@ -26,4 +26,4 @@ max_iters = 1000
 eval_interval = 50
 eval_iters = 20  # 20 x 2,048 = 41 k bytes of the validation split
 log_interval = 50
-sample_tokens = 100  # bytes after each evaluation, to watch it learn
+sample_tokens = 100  # bytes after each evaluation, to watch it learn; a | stands before them

@@ -30,4 +30,4 @@ eval_interval = 60
 eval_iters = 20  # 82 k tokens of the validation split
 patience = 3
 log_interval = 10
-sample_tokens = 40  # tokens after each evaluation, to watch it learn
+sample_tokens = 40  # tokens after each evaluation, to watch it learn; a | stands before them

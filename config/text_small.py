@@ -29,4 +29,4 @@ max_iters = 1000
 eval_interval = 100
 patience = 3
 log_interval = 50
-sample_tokens = 100  # bytes after each evaluation, to watch it learn
+sample_tokens = 100  # bytes after each evaluation, to watch it learn; a | stands before them
