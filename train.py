@@ -270,6 +270,7 @@ def train(s, writer):
     steps_of_epochs = math.ceil(round(s.max_epochs * sequences_per_epoch / sequences_per_step, 6))
     max_iters = steps_of_epochs or s.max_iters or ahead.planned_iters(Settings)
     processes.meet_all(rt, s.backend)
+    processes.check_agreement(rt, s, dataset.checksums)
     rt.say(rt.why)
     length = f"{max_iters:,} steps" + (f" by max_epochs={s.max_epochs:g}" if s.max_epochs else "")
     steps_per_epoch = sequences_per_epoch / sequences_per_step

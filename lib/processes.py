@@ -3,6 +3,7 @@
 import gc
 import os
 import signal
+import socket
 import sys
 import time
 import uuid
@@ -16,6 +17,9 @@ import torch
 
 PREPARE_TIMEOUT = timedelta(days=1)  # how long processes wait for one that prepares its data
 GROUP_TIMEOUT = timedelta(minutes=10)  # how long they wait for one in the middle of training
+RESOLVE_SECONDS = 60  # a machine that has just started may not have its name yet
+# Each machine may have paths of its own, and what device stands for is compared by the precision that it has.
+MAY_DIFFER = ("out_dir", "init_from", "resume_from", "dataset", "device", "dtype")
 
 
 def environment():
@@ -59,15 +63,60 @@ def meet_all(rt, backend):
         return
     address = f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}"
     rt.say(f"waiting for {rt.world_size} processes to meet at {address}, as WORLD_SIZE in the environment wants it")
+    check_address(os.environ.get("MASTER_ADDR", ""))
+    with interruptible():
+        try:
+            store, rank, world_size = next(torch.distributed.rendezvous("env://", timeout=PREPARE_TIMEOUT))
+        except (torch.distributed.DistError, ValueError) as error:
+            raise UserError(f"the processes can't meet ({error}); start them by torchrun") from None
+        group = torch.distributed.PrefixStore(meet(store, rank, world_size), store)
+        options = dict(timeout=GROUP_TIMEOUT, world_size=world_size, rank=rank, store=group)
+        if rt.device.type == "cuda" and backend == "nccl":
+            options["device_id"] = rt.device  # nccl asks for it at a barrier.
+        torch.distributed.init_process_group(backend if rt.device.type == "cuda" else "gloo", **options)
+
+
+@contextmanager
+def interruptible():
+    """Let Ctrl-C end the program at once, while torch waits and keeps Python from answering."""
+    before = signal.getsignal(signal.SIGINT)
+    if before != signal.SIG_IGN:  # as that of a command in the background is
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
-        store, rank, world_size = next(torch.distributed.rendezvous("env://", timeout=PREPARE_TIMEOUT))
-    except (torch.distributed.DistError, ValueError) as error:
-        raise UserError(f"the processes can't meet ({error}); start them by torchrun") from None
-    group = torch.distributed.PrefixStore(meet(store, rank, world_size), store)
-    options = dict(timeout=GROUP_TIMEOUT, world_size=world_size, rank=rank, store=group)
-    if rt.device.type == "cuda" and backend == "nccl":
-        options["device_id"] = rt.device  # nccl asks for it at a barrier.
-    torch.distributed.init_process_group(backend if rt.device.type == "cuda" else "gloo", **options)
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def check_address(host):
+    """Raise UserError for a host that has no address. torch would ask for it all the time, with a warning each time."""
+    end = time.monotonic() + RESOLVE_SECONDS
+    while host:
+        try:
+            socket.getaddrinfo(host, None)
+            return
+        except (OSError, UnicodeError) as error:
+            if time.monotonic() >= end:
+                raise UserError(
+                    f"the processes can't meet: MASTER_ADDR={host} in the environment has no address ({error}); name "
+                    "the first machine, or start them by torchrun"
+                ) from None
+            time.sleep(1)
+
+
+def check_agreement(rt, s, checksums):
+    """Raise UserError where the processes were started with different settings, data or precisions.
+
+    Each would train on in its own way, and the weights would be those of neither.
+    """
+    facts = {key: value for key, value in vars(s).items() if key not in MAY_DIFFER}
+    facts["dtype"] = str(rt.dtype).removeprefix("torch.")
+    facts |= {f"{split}.bin's sha256": digest for split, digest in checksums.items()}
+    first, *others = rt.gather(facts)
+    for other in others:
+        wrong = [key for key in first | other if first.get(key) != other.get(key)]
+        if pairs := ", ".join(f"{key} ({first.get(key)!s:.40} and {other.get(key)!s:.40})" for key in wrong):
+            raise UserError(f"the processes differ in {pairs}; start all by the same command on the same data")
 
 
 def meet(store, rank, world_size):

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -135,6 +136,52 @@ def test_a_process_that_prepares_for_longer_than_the_group_s_patience_times_no_o
     assert done.returncode == 0 and met and sums.count("3") == 2, done.stderr
 
 
+def test_processes_of_different_commands_or_data_do_not_train_together():
+    """Each would read data of its own. Paths and devices may be those of a machine."""
+    s = SimpleNamespace(seed=1, out_dir="out", device="cuda", dtype="auto")
+
+    def differ(other):
+        rt = SimpleNamespace(dtype=torch.float32, gather=lambda facts: compared.update(facts) or [facts, facts | other])
+        processes.check_agreement(rt, s, {"train": "abc"})
+
+    compared = {}
+
+    differ({})
+    assert "differ in seed (1 and 2), n (None and 3);" in refusal(differ, {"seed": 2, "n": 3})
+    assert "train.bin's sha256 (abc and def)" in refusal(differ, {"train.bin's sha256": "def"})
+    assert "dtype (float32 and float16)" in refusal(differ, {"dtype": "float16"})
+    assert compared.keys() == {"seed", "dtype", "train.bin's sha256"}
+
+
+def test_a_first_machine_without_an_address_is_named(monkeypatch):
+    asked = []
+
+    def getaddrinfo(host, port):
+        asked.append(host)
+        raise socket.gaierror(-2, "Name or service not known")
+
+    processes.check_address("127.0.0.1")
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    clock = iter([0.0, 1.0, 100.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    assert "MASTER_ADDR=nowhere in the environment has no address" in refusal(processes.check_address, "nowhere")
+    assert asked == ["nowhere"] * 2
+
+
+def test_ctrl_c_ends_a_process_that_waits_for_others():
+    """torch waits for a day, and Python's own handler would have to wait for torch."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        for handler, meanwhile in ((signal.default_int_handler, signal.SIG_DFL), (signal.SIG_IGN, signal.SIG_IGN)):
+            signal.signal(signal.SIGINT, handler)
+            with processes.interruptible():
+                assert signal.getsignal(signal.SIGINT) == meanwhile
+            assert signal.getsignal(signal.SIGINT) == handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(
     ("device", "backend", "takes"), [("cuda:1", "nccl", True), ("cuda:1", "gloo", False), ("cpu", "nccl", False)]
 )
@@ -142,6 +189,7 @@ def test_nccl_is_told_its_gpu(monkeypatch, device, backend, takes):
     """Else it warns at each barrier that it takes the one in use."""
     rt = SimpleNamespace(world_size=2, device=torch.device(device), say=print)
     given = {}
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setattr(torch.distributed, "rendezvous", lambda *args, **kwargs: iter([("store", 0, 2)]))
     monkeypatch.setattr(torch.distributed, "PrefixStore", lambda name, store: store)
     monkeypatch.setattr(processes, "meet", lambda *args: "here")
