@@ -114,7 +114,8 @@ def is_finished(s, start, max_iters, rt):
         )
     ended = start.in_place and has_ended(start.state, max_iters, s.patience)
     finished = step > max_iters or ended and holds_step(Path(s.out_dir, "final.pt"), step)
-    if len(set(rt.gather((step, finished)))) > 1:
+    # Where one of them has evaluated the step already, it would not take part in the others' evaluation.
+    if len(set(rt.gather((step, finished, "val_loss" in start.state.row)))) > 1:
         raise UserError(f"the processes find different checkpoints in {s.out_dir}; put it on a shared disk")
     if finished:
         longer = "patience" if step < max_iters else "max_epochs" if s.max_epochs else "max_iters"
