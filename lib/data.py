@@ -30,6 +30,7 @@ MAGIC = {
     b"PAR1": "is a Parquet file",
     b"\x1f\x8b\x08": "is compressed by gzip",
     b"\xff\xfe": "is text",  # UTF-16
+    b"\x88\xd8\x34\x01": "begins with llm.c's header, which tail -c +1025 OLD > NEW leaves out",
 }
 NUMBERS = {
     "i4": "has ids of four bytes or more",
@@ -63,6 +64,8 @@ class Dataset:
         self.paths = {s: p for s in TOKEN_FILES if files.is_file(p := self.folder / f"{s}.bin")}
         self.has_meta = files.is_file(self.folder / "meta.json")
         if not self.paths and not self.has_meta:
+            if (script := self.folder / "prepare.py").is_file():  # nanoGPT's
+                raise UserError(f"{self.folder} has no train.bin yet; `python {shlex.quote(str(script))}` writes it")
             known = ", ".join(names()) or "none yet"
             can_be_made = name.isprintable() and name == Path(name).name and name[:1] not in ("", ".")
             raise UserError(

@@ -174,6 +174,7 @@ def of_type(dtype, is_char=False):
     return content
 
 
+LLM_C = "begins with llm.c's header, which tail -c +1025 OLD > NEW leaves out"
 OTHER_CONTENT = {
     **{dtype: (of_type(dtype), "four bytes") for dtype in (">i4", "<i8", ">i8")},
     **{f"{order}f{n}": (of_type(f"{order}f{n}"), f"float{8 * n} numbers") for n in (2, 4, 8) for order in "<>"},
@@ -187,6 +188,10 @@ OTHER_CONTENT = {
     "npy": (lambda tok: saved(np.save, of_type("<u2")(tok)), ".npy"),
     "npz": (lambda tok: saved(np.savez, of_type("<u2")(tok)), "zip"),
     "gzip": (lambda tok: gzip.compress(of_type("<u2")(tok).tobytes(), mtime=0), "gzip"),
+    "llm.c": (
+        lambda tok: np.array([20240520, 1, 900] + [0] * 253, "<i4").tobytes() + tok.encode(PROSE).tobytes(),
+        LLM_C,
+    ),
     "parquet": (lambda tok: b"PAR1" + of_type("<u2")(tok).tobytes() + b"PAR1", "Parquet"),
 }
 

@@ -523,6 +523,13 @@ def test_a_dataset_without_a_script_is_left_to_dataset(cwd, name):
     assert data.Dataset(name).text_ids("train").tolist() == list(b"ab")
 
 
+def test_a_folder_of_nanogpt_s_without_its_data_names_the_script_that_writes_them(cwd):
+    Path("data/openwebtext").mkdir(parents=True)
+    Path("data/openwebtext/prepare.py").write_text("")
+    says = refusal(data.Dataset, "openwebtext")
+    assert says == "data/openwebtext has no train.bin yet; `python data/openwebtext/prepare.py` writes it"
+
+
 def test_the_answer_of_the_server_behind_a_library_s_error_is_said():
     class Refused(Exception):
         response = SimpleNamespace(status_code=429)
