@@ -377,6 +377,8 @@ def open_one(source):
         if not (paths := of_run(path)):
             raise UserError(f"{path} holds neither a checkpoint nor a Hugging Face config.json; name another")
         path = paths[0]
+    if path.suffix == ".safetensors" and path.is_file():
+        raise UserError(f"{path} is weights alone; --init_from={path.parent} opens them by the config.json beside them")
     if path.is_file():
         checkpoint = load(path)
         model, dataset = build(checkpoint, path), checkpoint.get("config", {}).get("dataset", "")

@@ -230,6 +230,12 @@ def test_a_damaged_file_leads_to_those_beside_it_by_a_setting_that_every_script_
     assert says.endswith("--init_from=PATH takes another (beside it: best.pt)")
 
 
+def test_a_file_of_safetensors_is_opened_by_its_folder(tmp_path, model):
+    folder = save_huggingface(model, tmp_path / "hf")
+    says = refusal(checkpoint.open_model, f"{folder}/model.safetensors")
+    assert f"--init_from={folder} opens them" in says and checkpoint.open_model(folder).model.config.n_layer == 2
+
+
 def test_a_dict_without_a_model_is_refused(tmp_path):
     torch.save({"weights": torch.zeros(3)}, tmp_path / "a.pt")
     with pytest.raises(UserError, match="model_args"):
