@@ -80,6 +80,8 @@ def advice(near, encoding):
             return f" (it is {what}); {unpacks} it first"
     if near.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return " (it is UTF-16); iconv -f UTF-16 -t UTF-8 OLD > NEW converts UTF-16"
+    if near.startswith(b"\xff\xff\xff\xff"):  # as save_to_disk writes it
+        return " (it is Arrow); datasets.load_from_disk(FOLDER).to_parquet(NEW) converts it"
     if re.search(rb"[^\t\n\f\r -~\x80-\xff]", near):  # Latin-1 text holds no other control bytes.
         return " (it looks binary); name files of plain text"
     return "; iconv -f LATIN1 -t UTF-8 OLD > NEW converts Latin-1"

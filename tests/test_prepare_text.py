@@ -262,6 +262,7 @@ TAR = b"a.txt".ljust(512, b"\0") + b"one\n".ljust(512, b"\0")
         ("a.txt.xz", lzma.compress(b"text"), "(it is xz); unxz it first"),
         ("a.txt.bz2", bz2.compress(b"text" * 999), "(it is bzip2); bunzip2 it first"),
         ("a.txt.zst", b"\x28\xb5\x2f\xfd\x04\x00", "(it is zstd); unzstd it first"),
+        ("a.arrow", b"\xff\xff\xff\xff\xa0\0\0\0", "load_from_disk(FOLDER).to_parquet(NEW) converts it"),
         ("a.csv", 'id;text\n"1;a\n', "in which commas must part the fields"),
     ],
 )
