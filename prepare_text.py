@@ -155,7 +155,8 @@ def main():
     if not s.dataset or s.dataset != Path(s.dataset).name or s.dataset.startswith("."):
         raise UserError(f"--dataset={s.dataset}: give the data a name, such as --dataset=books")
     with prepare.lock(s.dataset), prepare.temporary_folder(s.dataset, "text") as folder:
-        if s.dataset in data.names() and not s.overwrite:
+        # A Mac's file system finds data/books by the name Books too, and a list of names would not.
+        if any(Path("data", s.dataset).glob("*.bin")) and not s.overwrite:
             raise UserError(f"data/{s.dataset} exists already; --overwrite=True replaces it")
         texts = text.read(text.find(s.path), s.column, s.separator, s.skip, folder)
         if s.separator and all(each.is_records for each in texts):
