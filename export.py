@@ -71,7 +71,7 @@ def write_folder(folder, contents, state):
             (partial / name).write_text(text, encoding="utf-8", newline="")
         save_file(state, partial / "model.safetensors", metadata={"format": "pt"})
         for path in partial.iterdir():
-            with open(path, "rb") as f:
+            with open(path, "rb+") as f:  # Windows flushes no file that is open for reading alone.
                 os.fsync(f.fileno())
         os.chmod(partial, 0o777 & ~umask())  # mkdtemp and safetensors leave others no access.
         os.chmod(partial / "model.safetensors", 0o666 & ~umask())
