@@ -160,6 +160,7 @@ def choose(device="auto", dtype="auto", compile="auto", training=False, determin
         raise UserError(f"dtype=float16 needs a CUDA GPU, not {chosen.type}; use float32 or auto")
     if chosen.type == "cpu":
         keep_freed_memory()
+        limit_threads()
     if chosen.type == "cuda":
         # People expect TF32 of float32 training on a GPU. All else computes in the precision that it says.
         has_tf32 = training and dtype == "float32"
@@ -204,6 +205,17 @@ def keep_freed_memory():
         libc.mallopt(M_MMAP_THRESHOLD, 1 << 30) or libc.mallopt(M_MMAP_THRESHOLD, 1 << 25)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
         libc.mallopt(M_ARENA_MAX, 1)
+
+
+def limit_threads(limit="/sys/fs/cgroup/cpu.max"):
+    """Take no more threads than a container may use cores. torch has one for each core of the machine.
+
+    Those beyond the limit would use up the time of the others, which then stand still until the next period.
+    """
+    with suppress(OSError, ValueError):  # The text "max" means no limit.
+        quota, period = map(int, Path(limit).read_text().split())
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(min(torch.get_num_threads(), math.ceil(quota / period)))
 
 
 def give_back_freed_memory():

@@ -235,6 +235,23 @@ def sizes(batch, micro_batches, auto_batch_size):
     return SimpleNamespace(batch_size=batch, gradient_accumulation_steps=micro_batches, auto_batch_size=auto_batch_size)
 
 
+def test_a_container_gets_no_more_threads_than_it_may_use_cores(tmp_path, monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    limit = tmp_path / "cpu.max"
+    for text in ("200000 100000\n", "50000 100000\n", "150000 100000\n", "6400000 100000\n", "max 100000\n", "?"):
+        limit.write_text(text)
+        runtime.limit_threads(limit)
+    runtime.limit_threads(tmp_path / "none")
+    assert taken == [2, 1, 2, 8]
+    limit.write_text("200000 100000\n")
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    runtime.limit_threads(limit)
+    assert taken == [2, 1, 2, 8]
+
+
 def test_other_programs_are_seen_where_the_system_counts_them(tmp_path):
     stat = tmp_path / "stat"
     for text, seen in (("cpu 1 2\nprocs_running 1\n", False), ("cpu 1 2\nprocs_running 3\n", True), ("cpu 1\n", False)):
