@@ -291,8 +291,9 @@ OTHER_NAMES = {
     "n_inner": "d_ff intermediate_size",
     "weight_decay": "wd",
     "grad_clip": "max_grad_norm max_norm clip_grad",
-    "eval_interval": "eval_steps eval_every",
+    "eval_interval": "eval_steps eval_every val_loss_every",
     "save_interval": "save_steps save_every",
+    "cooldown_frac": "warmdown_iters",
     "patience": "early_stopping early_stopping_patience",
     "recompute": "gradient_checkpointing activation_checkpointing",
     "device": "gpu gpus use_cpu no_cuda",
@@ -305,7 +306,7 @@ OTHER_NAMES = {
     "json": "output_path",
     "out_dir": "output save_dir",
     "init_from": "model model_name model_name_or_path model_args pretrained checkpoint checkpoint_dir checkpoint_path",
-    "dataset": "data data_dir name",
+    "dataset": "data data_dir name train_file train_bin input_bin",
 }
 
 
