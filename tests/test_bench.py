@@ -1,10 +1,12 @@
 """bench.py: what it measures of processes, and a whole pass over the scripts."""
 
+import contextlib
+import io
 import json
 import os
 import signal
-import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from lib.settings import UserError
 
 import pytest
 import torch
-from conftest import refusal
+from conftest import call_script, refusal
 from torch.utils.flop_counter import FlopCounterMode
 
 SMALL = ["--n_layer=1", "--n_head=1", "--n_embd=16", "--block_size=32", "--batch_size=4", "--steps=2", "--device=cpu"]
@@ -98,11 +100,16 @@ def test_sampling_and_what_it_stands_on(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench, "bandwidth", lambda *a: 1e10)
     said, heard, run = [], [], bench.run
 
-    def listen(*args, **kwargs):
-        lines, memory = run(*args, **kwargs)
-        said.append(lines[-1][1])
-        heard.extend(line for _, line in lines)
-        return lines, memory
+    def listen(folder, script, *args, **more):
+        if script.stem == "prepare_text":
+            return run(folder, script, *args, **more)
+        output = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="replace", write_through=True)
+        with contextlib.chdir(folder), contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            assert call_script(script.stem, *args) == 0
+        lines = output.buffer.getvalue().decode(errors="replace").splitlines()
+        said.append(lines[-1])
+        heard.extend(lines)
+        return [(0.0, line) for line in lines], {"peak_memory": 1}
 
     monkeypatch.setattr(bench, "run", listen)
     (tmp_path / "text.txt").write_text("Some words, and some others.\n" * 400)
@@ -171,18 +178,36 @@ def test_a_failure_names_what_failed(tmp_path):
         assert refusal(bench.run, tmp_path, *command).startswith(f"{name} failed: ")
 
 
-def test_an_interrupt_ends_the_script_and_leaves_nothing(tmp_path):
-    """SIGTERM to bench.py alone, in the middle of a script: that ends, and the folder is gone."""
-    (tmp_path / "text.txt").write_text("Some words, and some others.\n" * 400)
-    command = [sys.executable, bench.__file__, *SMALL, "--steps=100000", "--jobs=train", f"--text={tmp_path}/*.txt"]
-    process = subprocess.Popen(command, env=os.environ | {"TMPDIR": str(tmp_path)}, stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline().startswith("device cpu")  # of the first training; the next is endless
-    [folder] = tmp_path.glob("bench*")
-    time.sleep(0.3)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=30) == 143
-    assert not folder.exists()
-    assert not [p for p in Path("/proc").glob("[0-9]*/cwd") if os.path.realpath(p).startswith(str(folder))]
+ENDLESS = """
+import os, signal, sys, time
+print("ready", flush=True)
+os.kill(int(sys.argv[1]), signal.SIGTERM)
+time.sleep(1000)
+"""
+
+
+def within(folder):
+    """The processes that work in a folder."""
+    return [p for p in Path("/proc").glob("[0-9]*/cwd") if os.path.realpath(p).startswith(str(folder))]
+
+
+def test_an_interrupt_ends_the_script_and_leaves_nothing(monkeypatch, tmp_path):
+    """SIGTERM to bench.py alone, in the middle of a script that has no end: that ends, and the folder is gone."""
+    folders = []
+
+    def measure(s, folder):
+        folders.append(folder)
+        bench.run(folder, "-c", ENDLESS, os.getpid())
+
+    monkeypatch.setattr(bench, "measure", measure)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert call_script("bench") == 128 + signal.SIGTERM
+    [folder] = folders
+    assert folder.parent == tmp_path and not folder.exists()
+    until = time.monotonic() + 30  # A process that is killed dies when it gets a core.
+    while within(folder) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert not within(folder)
 
 
 @pytest.mark.slow
