@@ -45,6 +45,25 @@ def imports_are_no_garbage():
     gc.freeze()
 
 
+READ_GPT2 = tokenizer.Gpt2Tokenizer.__init__
+
+
+@pytest.fixture(autouse=True, scope="session")
+def gpt2_is_read_once():
+    """GPT-2's vocabulary takes a quarter of a second to read, and nothing changes what has been read."""
+    read = []
+
+    def take(self):
+        if not read:
+            READ_GPT2(self)
+            read.append(self.tiktoken)
+        self.tiktoken = read[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer.Gpt2Tokenizer, "__init__", take)
+        yield
+
+
 # ---- scripts ----
 
 

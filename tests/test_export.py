@@ -1,7 +1,6 @@
 """export.py: transformers opens, computes and tokenizes what our scripts do, and the way back is exact to the bit."""
 
 import errno
-import functools
 import json
 import math
 import os
@@ -24,14 +23,6 @@ CHARS = "\n !',.:abcdefghijklmnopqrstuvwxyz\u00e9\U0001f600"
 odd_text = st.lists(
     st.text(max_size=6) | st.sampled_from(["<|endoftext|>", " the", "\n\n", "  ", "é", "漢", "😀", "'s"])
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def each_tokenizer_once():
-    """GPT-2's vocabulary takes a third of a second to read."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenizer, "load", functools.cache(tokenizer.load))
-        yield
 
 
 @pytest.fixture(autouse=True)

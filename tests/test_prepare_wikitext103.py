@@ -1,6 +1,5 @@
 """prepare_wikitext103.py: the published counts of the real text, each source, and a hub that answers well and badly."""
 
-import functools
 import json
 import os
 import shutil
@@ -36,19 +35,15 @@ def counts(rows):
     return {"lines": len(rows), "words": sum(len(r.split()) for r in rows), "documents": len(pages)}
 
 
-gpt2 = functools.cache(tokenizer.Gpt2Tokenizer)  # It takes a fifth of a second to load.
-
-
 @pytest.fixture
 def prepared(script, tmp_path, monkeypatch):
     """prepared("--source=FOLDER", ...) runs the script: (exit status, standard output, standard error)."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(tokenizer, "Gpt2Tokenizer", gpt2)
     return lambda *args: script("prepare_wikitext103", *args)
 
 
 def check_dataset(rows=ROWS):
-    dataset, tok = data.Dataset("wikitext103"), gpt2()
+    dataset, tok = data.Dataset("wikitext103"), tokenizer.Gpt2Tokenizer()
     for split in ("train", "val", "test"):
         found = dataset.splits[split]
         assert {k: found[k] for k in ("lines", "words", "documents")} == counts(rows)
@@ -134,7 +129,7 @@ def test_a_part_of_the_corpus_is_refused_and_leaves_nothing(prepared, tmp_path):
 
 
 def test_a_differing_train_token_count_only_warns(prepared, tmp_path, monkeypatch):
-    tokens = len(gpt2().encode("".join(ROWS)))
+    tokens = len(tokenizer.Gpt2Tokenizer().encode("".join(ROWS)))
     facts = {"lines": len(ROWS), "words": counts(ROWS)["words"], "tokens": tokens}
     published = {"train": facts | {"tokens": tokens + 1}, "val": facts, "test": facts}
     published |= dict.fromkeys(data.TOKEN_FILES[3:], {})

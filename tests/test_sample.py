@@ -42,14 +42,6 @@ def generated(model, prompt, n, seed=1337, samples=1, spec="bytes", **options):
     return [tok.decode(row).decode("utf-8", "replace") for row in rows]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def each_tokenizer_once():
-    """GPT-2's vocabulary takes a third of a second to read."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenizer, "load", functools.cache(tokenizer.load))
-        yield
-
-
 @pytest.fixture(autouse=True)
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -14,7 +14,7 @@ from lib import huggingface, tokenizer
 
 import pytest
 import regex
-from conftest import refusal, write_meta_pkl
+from conftest import READ_GPT2, refusal, write_meta_pkl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
@@ -26,6 +26,12 @@ SPACES += [" " * 7, "\n" * 5]
 WORDS = ["a", "It", "'s", "'ll", "!", "...", "1", "2024", "é", "e\u0301", "漢字", "😀", "👨\u200d👩\u200d👧", "\ufeff"]
 WORDS += ["x" * 99, "<|endoftext|>"]
 odd_text = st.lists(st.sampled_from(SPACES + WORDS) | st.text(max_size=4), max_size=40).map("".join)
+
+
+@pytest.fixture(autouse=True)
+def read_anew(monkeypatch):
+    """Here it is the reading that is tested."""
+    monkeypatch.setattr(tokenizer.Gpt2Tokenizer, "__init__", READ_GPT2)
 
 
 @pytest.fixture(scope="module")
