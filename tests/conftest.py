@@ -95,6 +95,21 @@ def script(capsys):
     return call
 
 
+@pytest.fixture
+def new_client(tmp_path, monkeypatch):
+    """The hub's client is imported anew, as by a new process, since it reads the environment then. Gives its folder."""
+
+    def take():
+        names = [name for name in sys.modules if name.partition(".")[0] == "huggingface_hub"]
+        return {name: sys.modules.pop(name) for name in names}
+
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    before = take()
+    yield tmp_path / "hf"
+    take()
+    sys.modules.update(before)
+
+
 def refusal(call, *args, **kwargs):
     """What the UserError of call(*args) says: one line."""
     with pytest.raises(UserError) as caught:

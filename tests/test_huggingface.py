@@ -5,8 +5,6 @@ import math
 import os
 import re
 import socket
-import subprocess
-import sys
 import time
 
 from lib import checkpoint, huggingface, tokenizer
@@ -16,7 +14,7 @@ from model import GPTConfig
 import huggingface_hub
 import pytest
 import torch
-from conftest import ROOT, random_model, refusal, same_bits, save_huggingface
+from conftest import random_model, refusal, same_bits, save_huggingface
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -587,10 +585,9 @@ def test_a_slow_hub_is_waited_for_while_bytes_come(monkeypatch, tmp_path, folder
 
 
 @pytest.mark.parametrize("variable", ["HF_HUB_DOWNLOAD_TIMEOUT=x", "HF_ENDPOINT=http://127.0.0.1:99999"])
-def test_an_environment_that_the_hubs_client_can_not_read_is_one_line(variable, tmp_path):
-    """The client reads it when it is imported, so this takes a process."""
-    env = os.environ | {"HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)} | dict([variable.split("=", 1)])
-    code = "import sys, sample; sys.argv = ['sample.py', '--init_from=gpt2']; sample.settings.run(sample.main)"
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=ROOT, timeout=120)
-    assert (done.returncode, done.stdout) == (2, "") and len(done.stderr.splitlines()) == 1
-    assert done.stderr.startswith("sample.py: gpt2 cannot be had from the hub (ValueError: ")
+def test_an_environment_that_the_hubs_client_can_not_read_is_one_line(variable, new_client, monkeypatch, script):
+    for name, value in ("HF_HUB_OFFLINE", "0"), variable.split("=", 1):
+        monkeypatch.setenv(name, value)
+    status, out, err = script("sample", "--init_from=gpt2")
+    assert (status, out) == (2, "") and len(err.splitlines()) == 1
+    assert err.startswith("sample.py: gpt2 cannot be had from the hub (ValueError: ")
