@@ -117,21 +117,32 @@ def test_processes_meet_though_the_store_remembers_those_who_died():
     assert len(set(met)) == 3
 
 
-def test_a_process_that_prepares_for_longer_than_the_group_s_patience_times_no_other_out(tmp_path):
-    (tmp_path / "slow.py").write_text(
-        "import os, time, torch\n"
-        "from datetime import timedelta\n"
-        "from lib import processes, runtime\n"
-        "processes.GROUP_TIMEOUT = timedelta(seconds=0.5)\n"
-        "time.sleep(1.2 if os.environ['RANK'] == '1' else 0)\n"
-        "rt = runtime.choose('cpu')\n"
-        "processes.meet_all(rt, 'gloo')\n"
-        "print(int(rt.sum(torch.tensor(rt.rank + 1))))\n"
-        "processes.leave()\n"
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "slow.py"]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+# Two processes and the store of torchrun, for one import of torch.
+MEET = """
+import os, sys, time, torch
+from datetime import timedelta
+from lib import processes, runtime
+processes.GROUP_TIMEOUT = timedelta(seconds=0.5)
+store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+children = []
+for rank in (0, 1):
+    if not (child := os.fork()):
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+        time.sleep(1.2 * rank)
+        rt = runtime.choose("cpu")
+        processes.meet_all(rt, "gloo")
+        print(int(rt.sum(torch.tensor(rt.rank + 1))), flush=True)
+        processes.leave()
+        os._exit(0)  # The store has a thread, which only the first process may wait for.
+    children.append(child)
+sys.exit(any(os.waitpid(child, 0)[1] for child in children))
+"""
+
+
+def test_a_process_that_prepares_for_longer_than_the_group_s_patience_times_no_other_out():
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", MEET], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
     _, met, sums = done.stdout.partition("wants it")
     assert done.returncode == 0 and met and sums.count("3") == 2, done.stderr
 
