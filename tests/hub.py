@@ -3,8 +3,12 @@
 import hashlib
 import io
 import json
+import subprocess
+import sys
+import tempfile
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 import pyarrow as pa
@@ -124,3 +128,30 @@ def card(configs):
         for split in splits:
             lines += [f"  - split: {split}", f"    path: {folder}/{split}-*"]
     return "\n".join([*lines, "---", ""]).encode()
+
+
+EACH = """
+import datasets, json, os, runpy, sys
+statuses = []
+for number, (script, *args) in enumerate(json.loads(sys.argv[1])):
+    if not (child := os.fork()):
+        os.dup2(os.open(f"{sys.argv[2]}/{number}", os.O_WRONLY | os.O_CREAT), 2)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.path[0], sys.argv = os.path.dirname(script), [script, *args]
+        runpy.run_path(script, run_name="__main__")
+        sys.exit()
+    statuses.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+print(json.dumps(statuses))
+"""
+
+
+def run_each(commands, env):
+    """Run commands, each a list [script, argument, ...], and return their [(exit status, standard error)].
+
+    Each is a process of its own, since the hub's libraries read the environment when they are imported. The processes
+    are forked from one that has imported the library datasets, which takes seconds.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        program = [sys.executable, "-c", EACH, json.dumps(commands), folder]
+        done = subprocess.run(program, env=env, stdout=subprocess.PIPE, text=True, timeout=600, check=True)
+        return [(status, Path(folder, str(i)).read_text()) for i, status in enumerate(json.loads(done.stdout))]

@@ -22,7 +22,7 @@ import conftest
 import numpy as np
 import pytest
 from conftest import ROOT
-from hub import Hub, card, parquet
+from hub import Hub, card, parquet, run_each
 
 BYTES = tokenizer.BytesTokenizer()
 
@@ -376,21 +376,19 @@ def test_a_library_that_can_t_be_loaded_is_one_line(mistake, monkeypatch):
     assert "the library datasets can't be loaded (ModuleNotFoundError" in mistake("a.jsonl")
 
 
-def start(endpoint, *args):
-    """The script as a process of its own, since the hub's libraries read HF_ENDPOINT when they are imported."""
+def run_all(endpoint, *commands):
+    """[(exit status, standard error)] of the script with the arguments of each command, against a hub."""
     env = os.environ | {"HF_ENDPOINT": endpoint, "HOME": os.getcwd(), "HF_HUB_DISABLE_TELEMETRY": "1"}
     for name in ("HF_HOME", "XDG_CACHE_HOME"):
         env.pop(name, None)
-    command = [sys.executable, str(ROOT / "prepare_text.py"), "--tokenizer=bytes", *args]
-    return subprocess.Popen(command, env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    return run_each([[str(ROOT / "prepare_text.py"), "--tokenizer=bytes", *args] for args in commands], env)
 
 
 def test_files_of_records_ask_no_hub_and_leave_no_cache():
     write(record_files())
     with Hub({}) as hub:
-        process = start(hub.url, *record_files(), "--dataset=mine")
-        _, err = process.communicate(timeout=120)
-        assert (process.returncode, hub.answers) == (0, []), err
+        [(status, err)] = run_all(hub.url, [*record_files(), "--dataset=mine"])
+        assert (status, hub.answers) == (0, []), err
     assert len(all_documents()) == 7 * len(record_files())
     assert not Path(".cache").exists()
 
@@ -404,11 +402,10 @@ def test_a_data_set_of_the_hub_is_streamed_with_its_own_splits(mistake):
     files = {f"c/{split}-0.parquet": parquet(texts, "body") for split, texts in rows.items()}
     files["README.md"] = card({"c": ("c", rows), "d": ("c", ["train"])})
     with Hub({"datasets/own/er": files}) as hub:
-        processes = {
-            name: start(hub.url, source, f"--dataset={name}", "--column=body") for name, source in SOURCES.items()
-        }
-        said = {name: process.communicate(timeout=120)[1] for name, process in processes.items()}
-        assert [process.returncode for process in processes.values()] == [0, 0, 2, 2], said
+        commands = [[source, f"--dataset={name}", "--column=body"] for name, source in SOURCES.items()]
+        ended = run_all(hub.url, *commands)
+        assert [status for status, _ in ended] == [0, 0, 2, 2], ended
+    said = {name: err for name, (_, err) in zip(SOURCES, ended, strict=True)}
     assert [documents(split) for split in data.SPLITS] == [["one\n", "two"], ["three", "four"], ["five"]]
     assert sorted(data.Dataset("d").splits) == ["train", "val"]
     # README.md alone is downloaded. The rest is read in parts, and the split that is not used is not read.
