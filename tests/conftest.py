@@ -133,8 +133,8 @@ def text(documents, seed=0, words=60):
 
 
 def write_corpus(name, tok):
-    """data/NAME of 40, 5 and 4 documents."""
-    pieces = [(split, doc, True) for split, n in (("train", 40), ("val", 5), ("test", 4)) for doc in text(n, seed=n)]
+    """data/NAME of 40, 2 and 4 documents."""
+    pieces = [(split, doc, True) for split, n in (("train", 40), ("val", 2), ("test", 4)) for doc in text(n, seed=n)]
     prepare.write(name, tok, pieces, sum(len(p[1]) for p in pieces))
 
 
@@ -209,7 +209,7 @@ TINY = [
     "--block_size=16",
     "--batch_size=4",
     "--gradient_accumulation_steps=2",
-    "--n_layer=2",
+    "--n_layer=1",
     "--n_head=2",
     "--n_embd=16",
     "--dropout=0.2",
@@ -226,7 +226,10 @@ TINY = [
 
 @pytest.fixture
 def train(script, corpus):
-    """train("--out_dir=out/a", ...) trains a tiny model for 12 steps with dropout and accumulation."""
+    """train("--out_dir=out/a", ...) trains a tiny model for 12 steps with dropout and accumulation.
+
+    One block is enough for most of what a run does. What depends on several takes --n_layer=2.
+    """
     return lambda *args: script("train", *TINY, *args)
 
 

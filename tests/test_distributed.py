@@ -14,7 +14,7 @@ from lib import checkpoint
 import pytest
 from conftest import ROOT, TINY, rows
 
-ARGS = [*TINY, "--max_iters=20", "--gradient_accumulation_steps=4", "--eval_interval=10"]
+ARGS = [*TINY, "--n_layer=2", "--max_iters=20", "--gradient_accumulation_steps=4", "--eval_interval=10"]
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
 
 

@@ -257,7 +257,7 @@ REFUSED = {
     "a flipped bit": (flip("out/a/ckpt.pt", 0.5), ["train", *ON], "is damaged"),
     "a folder": (folder_at("out/a/ckpt.pt"), ["train", *ON], "there is no checkpoint out/a/ckpt.pt"),
     "no checkpoint at all": (put("out/a/ckpt.pt", "It was a dark night."), ["train", *ON], "is damaged"),
-    "another model": (None, ["train", *ON, "--n_layer=3"], "n_layer was 2 and is 3"),
+    "another model": (None, ["train", *ON, "--n_layer=3"], "n_layer was 1 and is 3"),
     "another seed": (None, ["train", *ON, "--seed=1"], "seed was 1337 and is 1"),
     "another batch": (None, ["train", *ON, "--batch_size=2"], "tokens a step was 128 and is 64"),
     "a newer format": (ckpt(format=99), ["train", *ON], "newer version"),

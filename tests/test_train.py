@@ -1,10 +1,12 @@
 """train.py: the loop against slow exact versions of itself, resumes to the bit, and what it refuses."""
 
+import contextlib
 import gc
 import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,12 +23,41 @@ from model import GPT, GPTConfig
 
 import pytest
 import torch
-from conftest import ROOT, TINY, rows, same_bits, same_final_weights, weights, without_speed
+from conftest import (
+    ROOT,
+    TINY,
+    call_script,
+    rows,
+    same_bits,
+    same_final_weights,
+    weights,
+    without_speed,
+    write_corpus,
+)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a finished run of the fixture `train` with no other setting. Nothing may change it."""
+    with contextlib.chdir(tmp_path_factory.mktemp("trained")):
+        write_corpus("tiny", tokenizer.BytesTokenizer())
+        assert call_script("train", *TINY, "--out_dir=out/a") == 0
+        return Path("out/a").absolute()
+
+
+@pytest.fixture
+def finished(corpus, trained):
+    """out/a is a finished run, as train("--out_dir=out/a") makes it."""
+    shutil.copytree(trained, "out/a")
+
+
+def content(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
 def test_a_step_is_adamw_on_the_mean_gradient_of_the_global_batch(train):
     """One process of the loop against the same steps done at once: plain cross-entropy, AdamW written out by hand."""
-    assert train("--out_dir=out/a", "--dropout=0", "--max_iters=3", "--eval_interval=0")[0] == 0
+    assert train("--out_dir=out/a", "--n_layer=2", "--dropout=0", "--max_iters=3", "--eval_interval=0")[0] == 0
     s = train_py.Settings(learning_rate=1e-2, min_lr=1e-3, warmup_iters=2, beta2=0.95)
     torch.manual_seed(1337)
     model = GPT(GPTConfig(block_size=16, vocab_size=257, n_layer=2, n_head=2, n_embd=16))
@@ -59,14 +90,15 @@ def test_a_step_is_adamw_on_the_mean_gradient_of_the_global_batch(train):
         assert (trained[name] - p).abs().mean() < 2e-5, name
 
 
-@pytest.mark.parametrize("split", ["1x8", "4x2", "8x1"])
-def test_micro_batches_do_not_change_the_training(train, split):
-    steps, size = split.split("x")
-    train("--out_dir=out/a", "--dropout=0")
-    train("--out_dir=out/b", "--dropout=0", f"--batch_size={size}", f"--gradient_accumulation_steps={steps}")
-    for a, b in zip(rows("out/a"), rows("out/b"), strict=True):
-        assert a.get("loss", 0) == pytest.approx(b.get("loss", 0), abs=1e-4)
-        assert a["epoch"] == b["epoch"] if "epoch" in a else a["step"] == 0
+def test_micro_batches_do_not_change_the_training(train):
+    args = "--dropout=0", "--max_iters=6"
+    train("--out_dir=out/a", *args)
+    for steps, size in ((1, 8), (4, 2), (8, 1)):
+        out = f"out/{steps}x{size}"
+        train(f"--out_dir={out}", *args, f"--batch_size={size}", f"--gradient_accumulation_steps={steps}")
+        for a, b in zip(rows("out/a"), rows(out), strict=True):
+            assert a.get("loss", 0) == pytest.approx(b.get("loss", 0), abs=1e-4), out
+            assert a["epoch"] == b["epoch"] if "epoch" in a else a["step"] == 0
 
 
 def test_the_schedule():
@@ -136,8 +168,7 @@ def test_the_loss_falls_and_every_step_is_logged(train):
     assert sum(line.startswith("step") and "tokens/s" in line for line in out.splitlines()) == 40
 
 
-def test_the_validation_loss_is_the_stream_protocol_s(train, script):
-    train("--out_dir=out/a")
+def test_the_validation_loss_is_the_stream_protocol_s(train, finished, script):
     script("eval", "--out_dir=out/a", "--split=val")
     report = json.loads(Path("out/a/eval_val.json").read_text())
     best = min(r["val_loss"] for r in rows("out/a") if "val_loss" in r)
@@ -176,7 +207,7 @@ def test_run_json_says_what_a_run_was(train):
     assert run["settings"] == checkpoint.load("out/a/ckpt.pt")["config"] | {"wandb_tags": []}
     assert run["command"][0] == "train.py" and run["command"][-1] == "--out_dir=out/a"
     assert run["data"]["tokens"] == data.Dataset("tiny").splits["train"]["tokens"]
-    assert (run["step"], run["tokens"], run["parameters"]) == (12, 12 * 128, GPTConfig(257, 257, 2, 2, 16).num_params())
+    assert (run["step"], run["tokens"], run["parameters"]) == (12, 12 * 128, GPTConfig(257, 257, 1, 2, 16).num_params())
     losses = [row["val_loss"] for row in found if "val_loss" in row]
     assert (run["best_val_loss"], run["final_val_loss"]) == (min(losses), losses[-1])
     assert run["final_loss"] == found[-1]["loss"]
@@ -193,7 +224,7 @@ def test_a_run_that_is_killed_has_its_settings_in_run_json(train, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         train("--out_dir=out/a")
     run = json.loads(Path("out/a/run.json").read_text())
-    assert run["settings"]["n_layer"] == 2 and run["ended"] is None
+    assert run["settings"]["n_layer"] == 1 and run["ended"] is None
 
 
 def test_a_run_that_goes_on_keeps_the_time_at_which_it_started(train):
@@ -209,16 +240,14 @@ def test_a_run_that_goes_on_keeps_the_time_at_which_it_started(train):
     assert json.loads(path.read_text())["started"] > "2026"
 
 
-def test_an_evaluation_of_a_new_model_beside_a_run_says_how_the_run_s_is_evaluated(train):
-    train("--out_dir=out/a")
+def test_an_evaluation_of_a_new_model_beside_a_run_says_how_the_run_s_is_evaluated(train, finished):
     losses = [row["val_loss"] for row in rows("out/a") if "val_loss" in row]
     for more, loss, hinted in (([], losses[0], True), (["--init_from=resume"], losses[-1], False)):
         out = train("--out_dir=out/a", "--eval_only=True", *more)[1]
         assert f"val loss {loss:.4f}" in out and ("--init_from=resume evaluates that" in out) == hinted
 
 
-def test_a_shape_that_the_opened_model_does_not_have_is_said_to_be_unused(train):
-    train("--out_dir=out/a")
+def test_a_shape_that_the_opened_model_does_not_have_is_said_to_be_unused(train, finished):
     out = train("--out_dir=out/b", "--init_from=out/a/final.pt", "--n_layer=3", "--bias=False", "--n_head=2")[1]
     assert "starting from out/a/final.pt; its own shape stays, without n_layer=3, bias=False\n" in out
     assert "shape" not in train("--out_dir=out/c", "--init_from=out/a/final.pt")[1]
@@ -302,7 +331,7 @@ def test_samples_while_it_learns_change_no_bit_of_the_run(train):
 @pytest.mark.parametrize(("compiled", "optimizer"), [("False", "adamw"), ("True", "adamw"), ("False", "muon")])
 def test_resumed_equals_unbroken_to_the_bit(train, compiled, optimizer):
     """12 steps, against 5 steps, a stop, and 7 more, with dropout and accumulation."""
-    args = f"--compile={compiled}", f"--optimizer={optimizer}", "--save_interval=5", "--eval_interval=4"
+    args = f"--compile={compiled}", f"--optimizer={optimizer}", "--n_layer=2", "--save_interval=5"
     assert train("--out_dir=out/a", *args)[0] == 0
     status, out, _ = train("--out_dir=out/b", *args, "--resume_from=out/a/ckpt_iter_5.pt")
     assert status == 0 and "resuming out/a/ckpt_iter_5.pt at step 5" in out and "failed" not in out
@@ -319,7 +348,7 @@ def test_compiled_blocks_compute_what_eager_ones_do(train):
     for name in ("False", "True"):
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
-        train(f"--out_dir=out/{name}", f"--compile={name}", "--dropout=0")
+        train(f"--out_dir=out/{name}", f"--compile={name}", "--n_layer=2", "--dropout=0")
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
         assert not torch._dynamo.utils.counters["graph_break"]
     assert graphs == [0, 2]  # one block's, shared by all, and the loss's
@@ -330,14 +359,13 @@ def test_compiled_blocks_compute_what_eager_ones_do(train):
 
 def test_recompute_trains_the_same_to_the_bit(train):
     """Dropout is drawn again as it was; one block at a time is what is computed again."""
-    train("--out_dir=out/a")
-    assert train("--out_dir=out/b", "--recompute=True")[0] == 0
+    train("--out_dir=out/a", "--n_layer=2")
+    assert train("--out_dir=out/b", "--n_layer=2", "--recompute=True")[0] == 0
     assert same_final_weights("out/a", "out/b")
 
 
 @pytest.mark.parametrize("after", [0, 3, 4, 7])
-def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_bits(train, monkeypatch, after):
-    train("--out_dir=out/a")
+def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_bits(train, finished, monkeypatch, after):
     draw = data.batch
     calls = []
 
@@ -373,9 +401,8 @@ def test_what_goes_on_after_a_stop_is_said_truly(train, monkeypatch):
 
 
 @pytest.mark.parametrize("step", [0, 4, 12])
-def test_a_signal_in_an_evaluation_ends_it_after_its_batch_and_a_resume_makes_it(train, monkeypatch, step):
+def test_a_signal_in_an_evaluation_ends_it_after_its_batch_and_a_resume_makes_it(train, finished, monkeypatch, step):
     """The last one too: the run has not finished before it is evaluated."""
-    assert train("--out_dir=out/a")[0] == 0
     nll, calls = GPT.nll, []
     per_evaluation = -(-(len(data.Dataset("tiny").text_ids("val")) - 1) // (16 * 4))  # batches
 
@@ -395,8 +422,7 @@ def test_a_signal_in_an_evaluation_ends_it_after_its_batch_and_a_resume_makes_it
     assert same_final_weights("out/a", "out/b") and without_speed(rows("out/a")) == without_speed(rows("out/b"))
 
 
-def test_a_finished_run_says_so_and_a_longer_one_goes_on(train):
-    train("--out_dir=out/a")
+def test_a_finished_run_says_so_and_a_longer_one_goes_on(train, finished):
     before = Path("out/a/ckpt.pt").read_bytes()
     status, out, _ = train("--out_dir=out/a")
     assert status == 0 and "has finished at step 12" in out and Path("out/a/ckpt.pt").read_bytes() == before
@@ -429,21 +455,19 @@ def test_muon_s_momentum_reaches_it_and_may_change(train):
 
 @pytest.mark.parametrize(
     "change",
-    ["--n_layer=1", "--n_embd=32", "--seed=1", "--block_size=8", "--batch_size=2", "--bias=False", "--n_inner=8"],
+    ["--n_layer=2", "--n_embd=32", "--seed=1", "--block_size=8", "--batch_size=2", "--bias=False", "--n_inner=8"],
 )
-def test_what_must_agree_is_refused_and_nothing_is_lost(train, change):
-    train("--out_dir=out/a", "--max_iters=4")
-    before = {p.name: p.read_bytes() for p in Path("out/a").iterdir()}
-    status, _, err = train("--out_dir=out/a", change)
+def test_what_must_agree_is_refused_and_nothing_is_lost(train, finished, change):
+    before = content("out/a")
+    status, _, err = train("--out_dir=out/a", "--max_iters=16", change)
     assert status == 2 and len(err.splitlines()) == 1 and "can't be resumed" in err and "--overwrite" in err
     assert (change[2:].split("=")[0] if "batch" not in change else "tokens a step") in err
-    assert before == {p.name: p.read_bytes() for p in Path("out/a").iterdir()}
+    assert content("out/a") == before
 
 
-def test_other_tokens_are_refused(train):
-    train("--out_dir=out/a", "--max_iters=4")
+def test_other_tokens_are_refused(train, finished):
     prepare.write("tiny", tokenizer.BytesTokenizer(), [("train", "other " * 999, True), ("val", "text " * 99, True)], 1)
-    status, _, err = train("--out_dir=out/a")
+    status, _, err = train("--out_dir=out/a", "--max_iters=16")
     assert status == 2 and "tokens of data/tiny/train.bin are others" in err
 
 
@@ -454,7 +478,7 @@ def test_overwrite_starts_anew_but_not_when_torchrun_restarts(train, monkeypatch
     assert "resuming" not in train("--out_dir=out/a", "--overwrite=True", "--max_iters=4", "--save_interval=2")[1]
     assert "at step 4" in train("--out_dir=out/a", "--overwrite=True", "--max_iters=5", "--save_interval=2")[1]
     monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
-    status, out, _ = train("--out_dir=out/a", "--overwrite=True", "--max_iters=3", "--n_layer=1")
+    status, out, _ = train("--out_dir=out/a", "--overwrite=True", "--max_iters=3", "--n_layer=2")
     assert status == 0 and "resuming" not in out and [r["step"] for r in rows("out/a")] == [0, 1, 2, 3]
     assert not Path("out/a/ckpt_iter_2.pt").exists()
 
@@ -477,10 +501,6 @@ def test_an_evaluation_that_a_signal_put_off_ends_a_run_once(train, monkeypatch)
 
 
 # ---- a new run from a checkpoint of another ----
-
-
-def content(folder):
-    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
 def test_resume_from_goes_on_in_a_new_folder_to_the_same_bits_and_leaves_the_other_alone(train):
@@ -545,7 +565,7 @@ def test_a_new_run_that_goes_on_with_settings_of_its_own(train):
 
 
 def test_a_new_run_from_a_run_that_began_from_other_weights_has_their_shape(train):
-    train("--out_dir=out/base", "--n_layer=1", "--max_iters=4")
+    train("--out_dir=out/base", "--n_layer=2", "--max_iters=4")
     train("--out_dir=out/a", "--init_from=out/base/final.pt", "--save_interval=4")
     train("--out_dir=out/b", "--resume_from=out/a/ckpt_iter_4.pt")
     assert same_final_weights("out/a", "out/b")
@@ -609,8 +629,7 @@ def test_another_process_that_saves_while_this_one_starts_is_not_undone(train, m
     assert Path("out/a/ckpt.pt").read_bytes() == late
 
 
-def test_what_init_from_names_is_not_overwritten(train):
-    train("--out_dir=out/a", "--max_iters=4")
+def test_what_init_from_names_is_not_overwritten(train, finished):
     for source in ("out/a", "out/a/best.pt", "out/../out/a"):
         status, _, err = train("--out_dir=out/a", f"--init_from={source}", "--overwrite=True")
         assert status == 2 and "would remove" in err
@@ -645,10 +664,9 @@ def test_a_finished_run_keeps_its_final_weights_until_there_are_later_ones(train
     assert checkpoint.load("out/a/final.pt")["iter_num"] == 8
 
 
-def test_init_from(train):
-    status, _, err = train("--out_dir=out/a", "--init_from=resume")
-    assert status == 2 and "no out/a/ckpt.pt to resume" in err
-    train("--out_dir=out/a")
+def test_init_from(train, finished):
+    status, _, err = train("--out_dir=out/none", "--init_from=resume")
+    assert status == 2 and "no out/none/ckpt.pt to resume" in err
     _, out, _ = train("--out_dir=out/b", "--init_from=out/a/final.pt", "--block_size=8", "--max_iters=1", "--dropout=0")
     assert "starting from out/a/final.pt" in out and "cropped the model's 16 positions to 8" in out
     assert rows("out/b")[0]["val_loss"] < rows("out/a")[0]["val_loss"] - 0.5
@@ -775,8 +793,7 @@ def test_killed_in_the_middle_the_same_command_goes_on_to_the_same_bits(corpus, 
     assert without_speed(rows("out/a")) == without_speed(rows("out/b")) and not list(Path("out/b").glob("*.partial"))
 
 
-def test_a_folder_with_checkpoints_but_no_ckpt_is_left_alone(train):
-    train("--out_dir=out/a", "--max_iters=4")
+def test_a_folder_with_checkpoints_but_no_ckpt_is_left_alone(train, finished):
     Path("out/a/ckpt.pt").unlink()
     before = {p.name: p.read_bytes() for p in Path("out/a").iterdir()}
     status, _, err = train("--out_dir=out/a")
@@ -786,9 +803,8 @@ def test_a_folder_with_checkpoints_but_no_ckpt_is_left_alone(train):
     assert before == {p.name: p.read_bytes() for p in Path("out/a").iterdir()}
 
 
-def test_an_end_cut_short_is_made_good(train):
+def test_an_end_cut_short_is_made_good(train, finished):
     """A kill after the last ckpt.pt, before the last row and final.pt."""
-    train("--out_dir=out/a")
     done, final = without_speed(rows("out/a")), weights("out/a/final.pt")
     for name in ("final.pt", "best.pt"):
         Path("out/a", name).unlink()

@@ -57,7 +57,7 @@ def test_a_run_holds_settings_metrics_and_checkpoints_and_goes_on_as_the_same_ru
     first = runs[0]
     assert (first.project, first.entity, first.display_name, list(first.tags)) == ("proj", "team", "first", ["a", "b"])
     settings = {u.key: json.loads(u.value_json) for u in first.config.update}
-    asked = {"n_layer": 2, "dropout": 0.2, "learning_rate": 0.01, "dataset": "tiny", "wandb_tags": ["a", "b"]}
+    asked = {"n_layer": 1, "dropout": 0.2, "learning_rate": 0.01, "dataset": "tiny", "wandb_tags": ["a", "b"]}
     assert asked.items() <= settings.items() and settings.keys() >= checkpoint.load("out/a/ckpt.pt")["config"].keys()
     # Every metric of every row, against our own step; the row at which the run went on stands in both parts.
     written = [json.loads(line) for line in Path("out/a/metrics.jsonl").read_text().splitlines()]
