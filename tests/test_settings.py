@@ -803,7 +803,7 @@ def test_ctrl_c_while_torch_is_imported_is_one_line(error, lines):
         assert done.stderr.startswith("Traceback") and done.returncode == 1
 
 
-@pytest.mark.parametrize("path", ROOT.glob("*.py"), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")), ids=lambda p: p.stem)
 def test_a_script_runs_main_so_that_a_mistake_is_one_line(path):
     *_, last = ast.parse(path.read_text()).body
     ends = ast.unparse(last) == "if __name__ == '__main__':\n    settings.run(main)"
