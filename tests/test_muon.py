@@ -26,6 +26,16 @@ def test_orthogonalize_keeps_the_singular_vectors_and_sets_the_values_near_1(sha
     torch.testing.assert_close(found - u @ inner @ vt, torch.zeros_like(found), atol=1e-3, rtol=0)  # nothing else
 
 
+@pytest.mark.parametrize("shape", [(6, 10), (10, 6)])
+def test_orthogonalize_applies_the_published_quintic_five_times(shape):
+    x = randn(2, *shape).double()
+    u, s, vt = torch.linalg.svd(x, full_matrices=False)
+    s = s / s.norm(dim=1, keepdim=True)
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    torch.testing.assert_close(orthogonalize(x), u * s[:, None] @ vt, atol=1e-5, rtol=0)
+
+
 def test_a_batch_is_each_of_its_matrices_by_itself_and_zeros_stay_zeros():
     x = randn(4, 12, 20)
     each = torch.cat([orthogonalize(m[None]) for m in x])
