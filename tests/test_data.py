@@ -367,6 +367,7 @@ def test_an_epoch_is_disjoint_blocks_inside_the_tokens(shape, seed):
     n, block_size = shape
     blocks = data.blocks_per_epoch(n, block_size)
     assert blocks * block_size > n - 2 * block_size - 1  # Less than two blocks are left out.
+    assert n < 2 * block_size or blocks * block_size <= n - block_size  # An epoch has block_size offsets to begin at.
     for epoch in range(3):
         index = np.arange(epoch * blocks, (epoch + 1) * blocks)
         starts = np.sort(data.sequence_starts(n, block_size, seed, index))
@@ -418,7 +419,7 @@ def test_the_shortest_train_split_has_one_sequence():
 
 def test_an_id_that_came_into_the_file_after_it_was_verified_is_named():
     tokens = np.array([1, 2, 300, 4, 5, 6, 7, 8, 9], np.uint16)
-    assert "holds the id 300 now, beyond the vocabulary of 257" in refusal(data.batch, tokens, 8, 1337, 0, 1, 257)
+    assert "holds the id 300 now, beyond the vocabulary of 300" in refusal(data.batch, tokens, 8, 1337, 0, 1, 300)
     data.batch(tokens, 8, 1337, 0, 1, 301)
 
 
