@@ -311,7 +311,7 @@ def test_the_newest_run(tmp_path, model, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="no run under out/"):
         checkpoint.open_run()
-    for name, saved in (("out/b/best", 7), ("out/a/ckpt", 6), ("out/c/ckpt", 8), ("out/c/best", 5)):
+    for name, saved in (("out/b/best", 5), ("out/a/ckpt", 6), ("out/c/ckpt", 8), ("out/c/best", 7)):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         checkpoint.save(f"{name}.pt", checkpoint.weights(model))
         os.utime(f"{name}.pt", (0, saved))
