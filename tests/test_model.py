@@ -91,6 +91,19 @@ def test_logits_loss_and_gradients_are_those_of_transformers(shape, bias, tmp_pa
         assert (p.grad - grad).abs().max() < 1e-4, name
 
 
+def test_norms_of_small_activations_are_those_of_transformers(tmp_path):
+    """Where the activations are as small as the norms' eps, it shows."""
+    ours = build()
+    with torch.no_grad():
+        for name, p in ours.named_parameters():
+            if name.endswith(("wte.weight", "wpe.weight")) or ".c_proj." in name:
+                p *= 3e-3
+    theirs = transformers_model(ours, tmp_path)
+    idx = ids(ours, 3, 12)
+    with torch.no_grad():
+        assert (ours.hidden(idx) - theirs.transformer(idx).last_hidden_state).abs().max() < 1e-4
+
+
 def test_greedy_text_is_that_of_transformers(tmp_path):
     ours = build(block_size=24)
     theirs = transformers_model(ours, tmp_path)
@@ -209,6 +222,7 @@ def test_cropped_positions_leave_short_inputs_as_they_were():
     assert torch.equal(net(idx)[0], wanted)
     assert (net.config.block_size, before.block_size) == (5, 12)
     assert torch.equal(net.state_dict()["transformer.wpe.weight"], weight[:5])
+    assert net.transformer.wpe.weight.untyped_storage().nbytes() == 5 * 16 * 4  # The others' memory is free.
     with pytest.raises(ValueError, match="6 positions do not fit in block_size=5"):
         net(ids(net, 2, 6))
     net(idx, idx)[1].backward()
@@ -232,6 +246,18 @@ def test_dropout_reaches_every_branch_attention_too(monkeypatch):
     assert torch.allclose(net.eval()(idx)[0], wanted, atol=1e-6)
     net.train().set_dropout(0.0)
     assert torch.equal(net(idx)[0], wanted)
+
+
+def test_dropout_sets_elements_of_the_embeddings_and_of_each_branch_to_0():
+    net, seen = build(dropout=0.5).train(), []
+    net.transformer.h[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    for block in net.transformer.h:
+        for branch in (block.attn, block.mlp):
+            branch.register_forward_hook(lambda module, args, out: seen.append(out))
+    net(ids(net, 2, 12))
+    assert len(seen) == 5
+    for x in seen:
+        assert abs((x == 0).float().mean() - 0.5) < 5 * 0.5 / math.sqrt(x.numel())
 
 
 def test_logits_depend_on_what_came_before_and_on_nothing_after():
@@ -565,7 +591,14 @@ def test_a_full_context_goes_on_from_its_newest_half(block_size, prompt):
 
 @pytest.mark.parametrize(
     "options",
-    [dict(top_k=1), dict(top_p=1e-6), dict(top_p=0.0), dict(temperature=1e-6), dict(top_k=1, top_p=0.5)],
+    [
+        dict(top_k=1),
+        dict(top_p=1e-6),
+        dict(top_p=0.0),
+        dict(temperature=1e-6),
+        dict(temperature=1e-50),
+        dict(top_k=1, top_p=0.5),
+    ],
     ids=str,
 )
 def test_the_narrowest_choice_is_the_greedy_one(options):
@@ -577,6 +610,14 @@ def test_the_narrowest_choice_is_the_greedy_one(options):
 def test_a_temperature_that_overflows_float32_is_greedy_too():
     logits = torch.tensor([[-120.0, -100.0, -101.0], [-90.0, -100.0, -110.0]])  # logits as large as GPT-2's
     assert draw(logits, 1e-37, 0, 1.0).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_logit_that_is_not_finite_is_said(value):
+    net = build()
+    net.lm_head.register_forward_hook(lambda module, args, logits: logits.index_fill(-1, torch.tensor([3]), value))
+    with pytest.raises(ValueError, match="not finite"):
+        text(net, ids(net, 2, 3), 1)
 
 
 def test_prompts_of_a_batch_do_not_see_each_other():
