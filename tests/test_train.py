@@ -17,7 +17,7 @@ import weakref
 from pathlib import Path
 
 import train as train_py
-from lib import checkpoint, data, prepare, processes, tokenizer
+from lib import checkpoint, data, prepare, processes, resume, tokenizer
 from lib.settings import UserError
 from model import GPT, GPTConfig
 
@@ -101,10 +101,46 @@ def test_micro_batches_do_not_change_the_training(train):
             assert a["epoch"] == b["epoch"] if "epoch" in a else a["step"] == 0
 
 
+def test_dropout_changes_a_step_by_a_seed_of_each_micro_batch(train, monkeypatch):
+    forward, seeds = GPT.forward, []
+
+    def watched(model, *args):
+        seeds.append(torch.initial_seed())
+        return forward(model, *args)
+
+    monkeypatch.setattr(GPT, "forward", watched)
+    for out, dropout in (("out/a", 0.2), ("out/b", 0.0)):
+        train(f"--out_dir={out}", f"--dropout={dropout}", "--max_iters=3", "--eval_interval=0")
+        assert checkpoint.load(f"{out}/final.pt")["model_args"]["dropout"] == dropout
+    assert seeds == [data.seed_of(1337, step, micro) for step in range(3) for micro in range(2)] * 2
+    assert rows("out/a")[0]["loss"] != rows("out/b")[0]["loss"]
+
+
+def test_grad_clip_0_clips_nothing(train):
+    for out, clip in (("out/a", 0), ("out/b", 1e9)):
+        train(f"--out_dir={out}", f"--grad_clip={clip}", "--max_iters=3", "--eval_interval=0")
+    assert same_final_weights("out/a", "out/b")
+
+
+def test_kept_names_are_of_every_save_interval_and_of_the_epochs_that_a_step_completes():
+    def names(step, **settings):
+        return train_py.kept_names(train_py.Settings(**settings), resume.State(step, sequence=step * size), size, 10)
+
+    size = 4  # An epoch ends in steps 3, 5, 8, 10, ...
+    assert [step for step in range(8) if names(step, save_interval=3)] == [3, 6]
+    assert names(3, save_interval=3, save_epochs=1) == ["ckpt_iter_3.pt", "ckpt_epoch_1.pt"]
+    assert {step: names(step, save_epochs=2) for step in range(11) if names(step, save_epochs=2)} == {
+        5: ["ckpt_epoch_2.pt"],
+        10: ["ckpt_epoch_4.pt"],
+    }
+    size = 25  # Two or three epochs end in each step.
+    assert [names(step, save_epochs=3) for step in range(4)] == [[], [], ["ckpt_epoch_5.pt"], ["ckpt_epoch_7.pt"]]
+
+
 def test_the_schedule():
     s = train_py.Settings(learning_rate=1.0, min_lr=0.1, warmup_iters=10, lr_decay_iters=0)
     rates = [train_py.learning_rate_at(i, s, max_iters=110) for i in range(130)]
-    assert rates[0] > 0 and rates[:11] == sorted(rates[:11]) and max(rates) == rates[10] == 1.0
+    assert rates[:11] == pytest.approx([(i + 1) / 11 for i in range(11)]) and max(rates) == rates[10] == 1.0
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert rates[60] == pytest.approx(0.55)  # half-way down
     assert rates[110:] == [0.1] * 20
@@ -166,6 +202,15 @@ def test_the_loss_falls_and_every_step_is_logged(train):
     assert found[40]["val_loss"] < found[20]["val_loss"] < found[0]["val_loss"] - 1
     assert all(r["tokens"] == r["step"] * 4 * 2 * 16 for r in found)
     assert sum(line.startswith("step") and "tokens/s" in line for line in out.splitlines()) == 40
+
+
+def test_the_last_step_is_logged_and_evaluated_whatever_the_intervals(train, monkeypatch):
+    lap = train_py.Clock.lap
+    monkeypatch.setattr(train_py.Clock, "lap", lambda clock: lap(clock) and 0.5)
+    train("--out_dir=out/a", "--max_iters=3", "--log_interval=2", "--eval_interval=2")
+    found = rows("out/a")
+    assert [row["step"] for row in found] == [0, 2, 3] and all("val_loss" in row for row in found)
+    assert [row["tokens_per_sec"] for row in found[1:]] == [4 * 2 * 16 / 0.5] * 2  # of a step that takes half a second
 
 
 def test_the_validation_loss_is_the_stream_protocol_s(train, finished, script):
@@ -357,10 +402,18 @@ def test_compiled_blocks_compute_what_eager_ones_do(train):
     assert weights("out/True/final.pt").keys() == weights("out/False/final.pt").keys()
 
 
-def test_recompute_trains_the_same_to_the_bit(train):
+def test_recompute_trains_the_same_to_the_bit(train, monkeypatch):
     """Dropout is drawn again as it was; one block at a time is what is computed again."""
+    forward, recomputes = GPT.forward, []
+
+    def watched(model, *args):
+        recomputes.append(model.recompute)
+        return forward(model, *args)
+
+    monkeypatch.setattr(GPT, "forward", watched)
     train("--out_dir=out/a", "--n_layer=2")
     assert train("--out_dir=out/b", "--n_layer=2", "--recompute=True")[0] == 0
+    assert recomputes == [False] * 24 + [True] * 24  # 12 steps of two micro-batches
     assert same_final_weights("out/a", "out/b")
 
 
@@ -432,13 +485,19 @@ def test_a_finished_run_says_so_and_a_longer_one_goes_on(train, finished):
 
 def test_what_alters_training_is_printed_and_takes_effect(train):
     train("--out_dir=out/a", "--max_iters=4")
-    args = "--weight_decay=0.7", "--beta2=0.9", "--learning_rate=0.1", "--warmup_iters=0", "--dropout=0"
+    args = "--weight_decay=0.7", "--beta1=0.8", "--beta2=0.9", "--learning_rate=0.1", "--warmup_iters=0", "--dropout=0"
     _, out, _ = train("--out_dir=out/a", "--max_iters=5", "--decay_lr=False", *args)
-    for change in ("weight_decay 0.1 -> 0.7", "beta2 0.95 -> 0.9", "learning_rate 0.01 -> 0.1", "dropout 0.2 -> 0.0"):
+    for change in (
+        "weight_decay 0.1 -> 0.7",
+        "beta1 0.9 -> 0.8",
+        "beta2 0.95 -> 0.9",
+        "learning_rate 0.01 -> 0.1",
+        "dropout 0.2 -> 0.0",
+    ):
         assert change in out
     ckpt = checkpoint.load("out/a/ckpt.pt")
     groups = ckpt["optimizer"]["param_groups"]
-    assert [g["weight_decay"] for g in groups] == [0.7, 0.0] and groups[0]["betas"] == (0.9, 0.9)
+    assert [g["weight_decay"] for g in groups] == [0.7, 0.0] and groups[0]["betas"] == (0.8, 0.9)
     assert rows("out/a")[-1]["lr"] == 0.1 and ckpt["model_args"]["dropout"] == 0.0
 
 
@@ -697,6 +756,9 @@ def test_epochs(train):
     assert f"{steps} steps by max_epochs=0.5\n" in train(*half)[1]
     assert f"has finished at step {steps}; raise max_epochs" in train(*half)[1]
     assert [r["step"] for r in rows("out/a")] == list(range(1, steps + 1))
+    # Floats have 231.00000000000003 for 2.2 epochs of 735 sequences in steps of 7.
+    whole = "--max_epochs=2.2", "--block_size=12", "--batch_size=7", "--gradient_accumulation_steps=1"
+    assert "231 steps by max_epochs=2.2\n" in train("--eval_only=True", *whole)[1]
     assert rows("out/a")[-1]["epoch"] == pytest.approx(steps * 64 / blocks) and steps * 64 >= 0.5 * blocks
     train(
         "--out_dir=out/b", "--max_epochs=2", "--save_epochs=1", "--eval_interval=0", "--gradient_accumulation_steps=32"
