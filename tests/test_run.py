@@ -107,6 +107,7 @@ def disk(monkeypatch):
 
         def save(self, path, content, links=()):
             if path.name in self.full or "*" in self.full:
+                time.sleep(0.01)  # The loop goes on meanwhile, where the file is written in the background.
                 raise OSError(28, "No space left on device")
             save(path, content, links)
             self.saved.append((path.name, content["iter_num"]))
