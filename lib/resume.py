@@ -105,16 +105,15 @@ def is_finished(s, start, max_iters, rt):
 
     Raises UserError where the checkpoint is beyond the command's end, or where the processes do not see the same run.
     """
-    step = start.state.step
-    if s.eval_only or not s.max_iters:
-        return False
-    if start.path and not start.in_place and step > max_iters:
+    step, trains = start.state.step, s.max_iters > 0 and not s.eval_only
+    if trains and start.path and not start.in_place and step > max_iters:
         raise UserError(
             f"{start.path} is of step {step:,}, this command ends at {max_iters:,}; raise max_iters or max_epochs"
         )
     ended = start.in_place and has_ended(start.state, max_iters, s.patience)
-    finished = step > max_iters or ended and holds_step(Path(s.out_dir, "final.pt"), step)
-    # Where one of them has evaluated the step already, it would not take part in the others' evaluation.
+    finished = trains and (step > max_iters or ended and holds_step(Path(s.out_dir, "final.pt"), step))
+    # Where one of them has evaluated the step already, it would not take part in the others' evaluation. A command that
+    # only evaluates would give a mean over the weights of several steps.
     if len(set(rt.gather((step, finished, "val_loss" in start.state.row)))) > 1:
         raise UserError(f"the processes find different checkpoints in {s.out_dir}; put it on a shared disk")
     if finished:

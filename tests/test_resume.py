@@ -476,11 +476,12 @@ def test_the_setting_that_makes_a_finished_run_longer_is_named(capsys):
         assert f"raise {longer}," in capsys.readouterr().out
 
 
-def test_a_checkpoint_that_only_the_first_process_sees_is_no_shared_run():
+@pytest.mark.parametrize(("eval_only", "max_iters"), [(False, 2), (True, 2), (False, 0)])
+def test_a_checkpoint_that_only_the_first_process_sees_is_no_shared_run(eval_only, max_iters):
     """One of step 0 shows by its evaluation alone, which the others would make without the first."""
     seen = []
     rt = SimpleNamespace(gather=lambda value: seen.append(value) or list(seen), say=print)
-    s = SimpleNamespace(eval_only=False, max_iters=2, out_dir="out", patience=0)
+    s = SimpleNamespace(eval_only=eval_only, max_iters=max_iters, out_dir="out", patience=0)
     resume.is_finished(s, resume.Start(state=resume.State(row={"step": 0, "val_loss": 5.0})), 2, rt)
     with pytest.raises(UserError, match="put it on a shared disk"):
         resume.is_finished(s, resume.Start(), 2, rt)
