@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import eval as evaluation
 import train
 from lib import data, prepare, runtime, tokenizer
-from model import Block
+from model import GPT, Block
 
 import numpy as np
 import pytest
@@ -235,7 +235,8 @@ def test_a_figure_beyond_a_float_leaves_the_report_valid_json(run):
     status, *_ = run("--dataset=long")
     assert status == 0
     text = Path("out/a/eval_test.json").read_text()
-    json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    found = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert {result["word_ppl"] for result in found["results"]} == {None}
 
 
 def test_an_error_beyond_a_float_is_null():
@@ -252,6 +253,23 @@ def test_batch_size_changes_nothing(report):
     results = [report("--stride=3", f"--batch_size={n}")["results"][0] for n in (1, 7, 100)]
     for key in ("tokens_scored", *FIGURES):
         assert [r[key] for r in results] == pytest.approx([results[0][key]] * 3, rel=1e-6)
+
+
+def test_dropout_is_for_training(report):
+    results = []
+    for dropout in (0.0, 0.9):
+        save_run(random_model(dropout=dropout))
+        results += report()["results"]
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_a_loss_that_is_not_finite_is_one_line(run, monkeypatch, value):
+    save_run(random_model())
+    monkeypatch.setattr(GPT, "nll", lambda self, idx, targets: torch.full_like(targets[targets >= 0].float(), value))
+    status, _, err = run()
+    assert status == 2 and err.splitlines()[-1].endswith("no finite loss on this text; its weights have diverged")
+    assert not list(Path().rglob("eval_*.json"))
 
 
 def test_a_stride_of_block_size_is_the_plain_stream(report):
@@ -407,6 +425,12 @@ def test_standard_errors_are_those_of_a_bootstrap():
         ratios = nlls[draws].sum(1) / units[draws].sum(1)
         spread = (ratios / math.log(2) if figure == "bits_per_byte" else np.exp(ratios)).std()
         assert errors[figure] == pytest.approx(spread, rel=0.05)
+
+
+def test_of_documents_of_one_length_it_is_the_standard_error_of_their_mean():
+    nlls, per = np.array([2.0, 3.0, 7.0]), {"token_ppl": np.array([5, 5, 5])}
+    (error,) = evaluation.standard_errors({"token_ppl": 1.0}, nlls, per).values()
+    assert error == pytest.approx(np.std(nlls / 5, ddof=1) / math.sqrt(3), rel=1e-14)
 
 
 def test_a_standard_error_needs_two_documents_and_their_counts(report):
