@@ -20,7 +20,7 @@ REPO, FOLDER = "datasets/Salesforce/wikitext", "wikitext-103-raw-v1/"
 
 ARTICLES = [
     ["", " = Valkyria = \n", "", " It was @-@ a game . \n", "", " = = Plot = = \n", "", " Two , three . \n", ""],
-    [" = Heron = \n", "", " A bird , of 1 @,@ 5 kg . \n", " More of it . \n", "", ""],
+    [" = Heron = \n", "", " A bïrd , of 1 @,@ 5 kg . \n", " More of it . \n", "", ""],
 ]
 ROWS = [row for article in ARTICLES for row in article]
 
@@ -57,15 +57,15 @@ def check_dataset(rows=ROWS):
         assert dataset.splits[split]["per_document"]["lines"] == [len(article) for article in ARTICLES]
         ids, found = dataset.document_ids(f"{split}_lm_eval"), dataset.splits[f"{split}_lm_eval"]
         assert tok.decode(ids.tolist()).decode().split(tokenizer.ENDOFTEXT) == ["", *HARNESS]
-        assert [found[k] for k in data.COUNTS] == [len(ids) - 2, 2, 20 + 18, None, 75 + 60]
-        assert found["per_document"] == {"words": [20, 18], "bytes": [75, 60]}
+        assert [found[k] for k in data.COUNTS] == [len(ids) - 2, 2, 20 + 18, None, 75 + 61]
+        assert found["per_document"] == {"words": [20, 18], "bytes": [75, 61]}
 
 
 # These are the two pages in the harness's task `wikitext`, made by hand. A page begins with the line of its title, and
 # the newline between two pages belongs to neither.
 HARNESS = [
     " = Valkyria =\n\nIt was-a game.\n\n== Plot ==\n\nTwo, three.\n",
-    " = Heron =\n\nA bird, of 1,5 kg.\nMore of it.\n\n\n",
+    " = Heron =\n\nA bïrd, of 1,5 kg.\nMore of it.\n\n\n",
 ]
 
 
@@ -169,6 +169,8 @@ def test_a_source_that_is_none_is_one_line(prepared, tmp_path, what):
         ("1 @,@ 000 @.@ 5 kg of half @-@ baked", "1,000.5 kg of half-baked"),
         ("so : it ; was . it ! was ? it , was", "so: it; was. it! was? it, was"),
         ("( a ( b ) c ) [ d ] { e } \" f g \" ' h '", "(a ( b) c ) [d] {e} \"f g\" 'h'"),
+        ("a , . b", "a ,. b"),
+        ("( a\nb ) /' 5/", "(a\nb) /'[0-9]/"),
         ("( no end", "( no end"),
         ("= = = = = = =", "======="),
         (" = = Two = = \n = = = Three = = = \n", " == Two ==\n=== Three ===\n"),
@@ -181,7 +183,8 @@ def test_pages_are_detokenized_step_by_step(text, detokenized):
 
 def test_a_title_is_what_the_harness_takes_for_one():
     assert wikitext.is_title(" = Valkyria Chronicles III = \n") and wikitext.is_title(" = A = B = \n")
-    assert not any(map(wikitext.is_title, [" = = Plot = = \n", " = = = Deep = = = \n", "", " text = \n", " a = b \n"]))
+    assert not any(map(wikitext.is_title, [" = = Plot = = \n", "", " = text \n", " text = \n", " a = b \n"]))
+    assert not wikitext.is_title(" = = = Deep = = = \n")
 
 
 def hub_files():

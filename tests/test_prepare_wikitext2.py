@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import prepare_wikitext2
 import prepare_wikitext103
@@ -37,7 +38,7 @@ def write_raw(folder, **rows):
 def test_the_hub_gives_the_rows_of_this_configuration(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     hub_splits = list(wikitext.HUB.values())
-    files = {"README.md": card({CONFIG: (CONFIG, hub_splits)})}
+    files = {"README.md": card({config: (config, hub_splits) for config in ("wikitext-103-raw-v1", CONFIG)})}
     files |= {f"{CONFIG}/{split}-00000-of-00001.parquet": parquet(ROWS) for split in hub_splits}
     files |= {f"wikitext-103-raw-v1/{split}-00000-of-00001.parquet": parquet(OTHERS) for split in hub_splits}
     with Hub({REPO: files}) as hub:
@@ -67,7 +68,9 @@ def test_rows_and_words_must_be_the_published_ones(prepared, tmp_path, monkeypat
     monkeypatch.setattr(prepare_wikitext2, "PUBLISHED", published)
     status, out, _ = prepared(f"--source={tmp_path}")
     assert status == 0 and "warning" not in out and data.names() == ["wikitext2"]
+    before = Path("data/wikitext2/meta.json").stat()
     assert "data/wikitext2 exists already" in prepared(f"--source={tmp_path}")[1]
+    assert Path("data/wikitext2/meta.json").stat() == before
     status, _, err = prepared("--source=mistyped")
     assert status == 2 and "--source=mistyped: there is no such folder or zip" in err
 
