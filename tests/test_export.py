@@ -122,9 +122,9 @@ def test_greedy_text_is_that_of_sample_py(exported, script, spec):
 def test_generation_stops_at_end_of_text_and_needs_no_further_setting(exported):
     save_run(varied_model())
     exported()
-    theirs, _ = open_in_transformers()
-    g = theirs.generation_config
-    assert (g.bos_token_id, g.eos_token_id, g.pad_token_id) == (256, 256, 256)
+    theirs, their_tok = open_in_transformers()
+    for g in (theirs.generation_config, their_tok):
+        assert (g.bos_token_id, g.eos_token_id, g.pad_token_id) == (256, 256, 256)
 
 
 @pytest.mark.parametrize("prefix", ["", "_orig_mod."])

@@ -51,6 +51,11 @@ def test_a_folder_round_trips_to_the_bit(shape, tmp_path):
     assert again.lm_head.weight is again.transformer.wte.weight
 
 
+def test_dropout_is_that_of_the_model():
+    theirs = GPT2Config(**huggingface.convert(random_model(**SMALL, dropout=0.3))[0])
+    assert (theirs.embd_pdrop, theirs.attn_pdrop, theirs.resid_pdrop) == (0.3, 0.3, 0.3)
+
+
 def test_a_folder_that_transformers_wrote_opens(tmp_path):
     torch.manual_seed(0)
     theirs = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=12, n_embd=16, n_layer=2, n_head=2)).eval()
@@ -360,6 +365,10 @@ def gpt2_files_with(**changes):
     return files | {"tokenizer.json": files["tokenizer.json"] | changes}
 
 
+def gpt2_model_with(**changes):
+    return gpt2_files_with(model=gpt2_files_with()["tokenizer.json"]["model"] | changes)
+
+
 def write_files(folder, files):
     for name, content in files.items():
         (folder / name).write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
@@ -411,6 +420,12 @@ CONTRADICTIONS = {
     "a space before the text": lambda: gpt2_files_with(
         pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}
     ),
+    "no cut by words": lambda: gpt2_files_with(
+        pre_tokenizer={"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+    ),
+    "a space by the settings": lambda: {"tokenizer_config.json": {"add_prefix_space": True}},
+    "words before merges": lambda: gpt2_model_with(ignore_merges=True),
+    "ends of words": lambda: gpt2_model_with(end_of_word_suffix="</w>"),
     "a token of another": lambda: gpt2_files_with(**token(464, "<s>")),
     "an end-of-text of another id": lambda: gpt2_files_with(**token(50257, "<|endoftext|>")),
     "an added one that is there": lambda: gpt2_files_with(**token(50257, "Hello")),
