@@ -543,3 +543,17 @@ def test_the_answer_of_the_server_behind_a_library_s_error_is_said():
 
     says = f"it can't be read (FileNotFoundError: {'x' * 200}, and the server has answered 429); try again"
     assert refusal(read) == says
+
+
+@pytest.mark.parametrize("order", [(2, None), (None, 2), (None, None)])
+def test_a_count_that_a_part_does_not_know_is_unknown_for_the_whole(order):
+    total = {}
+    for lines in order:
+        prepare.add_counts(total, {"words": 3, "lines": lines})
+    assert total == {"words": 6, "lines": None}
+
+
+def test_the_splits_stand_in_one_order_whichever_comes_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    meta = prepare.write("a", tokenizer.BytesTokenizer(), [(s, "x", True) for s in reversed(data.TOKEN_FILES)], 1)
+    assert list(meta["splits"]) == list(data.TOKEN_FILES)
