@@ -98,6 +98,13 @@ def test_a_weight_that_float16_cannot_hold_stays_as_it_is(factor, rounds):
     assert torch.equal(layer(torch.zeros(1, 1, expected.in_features)), expected.bias[None, None])
 
 
+@pytest.mark.parametrize(
+    ("weight", "fits"), [(7e4, False), (-7e4, False), (6e4, True), (2**-14, True), (2**-16, False)]
+)
+def test_what_float16_holds_of_a_weight(weight, fits):
+    assert packed.fits_half(torch.tensor([[weight, abs(weight) / 2]])) == fits
+
+
 def test_each_weight_is_freed_before_the_next_is_packed(monkeypatch):
     model, alive = random_model(), []
     weights = [weakref.ref(layer.weight) for layer in model.modules() if isinstance(layer, nn.Linear)]

@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 import sample
-from lib import packed, tokenizer
+from lib import packed, runtime, tokenizer
+from model import GPT
 
 import pytest
 import torch
@@ -105,6 +106,51 @@ def test_the_options_reach_the_model(text):
     save_run(model)
     shown = text("--start=a", "--max_new_tokens=40", "--temperature=1.7", "--top_k=0", "--top_p=0.9", "--seed=5")
     assert shown == "a" + generated(model, [97], 40, 5, temperature=1.7, top_k=0, top_p=0.9)[0] + "\n"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_the_settings_reach_the_packed_model(run, monkeypatch, dtype):
+    save_run(random_model())
+    seen = []
+    monkeypatch.setattr(packed, "available", lambda rounds=False: True)
+    monkeypatch.setattr(packed, "pack", lambda model, *args: seen.append(args))
+    assert run(f"--dtype={dtype}", "--num_samples=2", "--top_k=5", "--max_new_tokens=1")[0] == 0
+    assert seen == [(2, dtype == "float16", 5, 257)]
+
+
+def test_a_model_that_is_not_packed_computes_in_the_precision_that_is_named(run, monkeypatch):
+    save_run(random_model())
+    seen, hidden = [], GPT.hidden
+
+    def spy(self, *args):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return hidden(self, *args)
+
+    monkeypatch.setattr(GPT, "hidden", spy)
+    monkeypatch.setattr(packed, "available", lambda rounds=False: False)
+    for dtype in ("bfloat16", "float32"):
+        assert run(f"--dtype={dtype}", "--max_new_tokens=1")[0] == 0
+    assert seen == [True, False]
+
+
+def test_dropout_is_for_training(text):
+    texts = set()
+    for dropout in (0.0, 0.9):
+        save_run(random_model(dropout=dropout))
+        texts.add(text("--temperature=0", "--max_new_tokens=20"))
+    assert len(texts) == 1
+
+
+@pytest.mark.parametrize(("packs", "size"), [(True, 4), (False, 2)])
+def test_samples_whose_keys_and_values_do_not_fit_are_refused(run, monkeypatch, packs, size):
+    """There are 16 positions in two layers, with 16 numbers each. A packed model keeps them in float32."""
+    save_run(random_model())
+    monkeypatch.setattr(packed, "available", lambda rounds=False: packs)
+    monkeypatch.setattr(packed, "pack", lambda *args: None)
+    needed = 3 * size * 2 * 2 * 16 * 16
+    for memory, status in ((needed, 0), (needed - 1, 2)):
+        monkeypatch.setattr(runtime.Runtime, "memory", lambda self, memory=memory: memory)
+        assert run("--num_samples=3", "--dtype=bfloat16", "--max_new_tokens=1")[0] == status
 
 
 def test_the_same_seed_gives_the_same_text_and_another_seed_another(text):
