@@ -5,7 +5,7 @@ import math
 import os
 import random
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -245,6 +245,36 @@ def test_what_a_run_can_t_go_on_with_is_one_line(whole, name):
     before = Path("out/a/ckpt.pt").read_bytes()
     assert says in refusal(begin, settings_of(optimizer=whole["config"]["optimizer"]))
     assert Path("out/a/ckpt.pt").read_bytes() == before
+
+
+def test_a_run_of_another_optimizer_is_refused_by_that_name(whole):
+    save(whole)
+    then, now = whole["config"]["optimizer"], "adamw" if whole["config"]["optimizer"] == "muon" else "muon"
+    assert f"optimizer was {then} and is {now}" in refusal(begin, settings_of(optimizer=now))
+
+
+def test_a_run_that_has_skipped_a_step_has_a_step_less_in_its_moments(whole):
+    save(whole | {"iter_num": 3, "sequence_index": 30, "skipped_steps": 1, "row": {"step": 3}})
+    start, _, _ = begin(settings_of(optimizer=whole["config"]["optimizer"]))
+    assert (start.state.step, start.state.skipped) == (3, 1)
+
+
+def test_a_run_that_begins_at_a_checkpoint_has_its_loss_as_the_best(whole):
+    """What was better before lies in the other folder."""
+    save(whole | {"best_val_loss": 1.5, "worse_evaluations": 4}, "out/b/ckpt.pt")
+    s = settings_of(optimizer=whole["config"]["optimizer"], resume_from="out/b/ckpt.pt")
+    start, _, _ = begin(s)
+    assert (start.state.best_val_loss, start.state.worse) == (3.5, 0)
+
+
+@pytest.mark.parametrize(("processes", "keeps"), [(1, True), (2, True), (4, False)])
+def test_a_found_batch_size_is_kept_where_the_processes_can_share_it(whole, processes, keeps):
+    save(whole | {"config": whole["config"] | {"auto_batch_size": True}})
+    s = settings_of(
+        optimizer=whole["config"]["optimizer"], auto_batch_size=True, batch_size=1, gradient_accumulation_steps=10
+    )
+    start = resume.find(s, DATASET, replace(runtime.choose("cpu"), world_size=processes))
+    assert (start.keeps_batch_size, s.batch_size) == (keeps, 5 if keeps else 1)
 
 
 def test_what_the_settings_decide_is_not_taken_from_a_file(whole):
