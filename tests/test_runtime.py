@@ -191,6 +191,26 @@ def test_what_can_t_fit_is_refused_before_it_is_built(settings, says):
     runtime.check_memory(GPTConfig(block_size=512), train.Settings(batch_size=1), runtime.choose("cpu"))
 
 
+def test_no_training_takes_less_than_the_least_memory():
+    """Muon keeps one moment of most weights."""
+    s, rt = train.Settings(block_size=8, optimizer="muon"), runtime.choose("cpu")
+    model = GPT(GPTConfig(block_size=8, vocab_size=8, n_layer=2, n_head=1, n_embd=32))
+    optimizer, _ = train.make_optimizer(s, model, rt)
+    model(torch.zeros(1, 8, dtype=torch.long), torch.zeros(1, 8, dtype=torch.long))[1].backward()
+    optimizer.step()
+    moments = [m for held in optimizer.state.values() for m in held.values()]
+    taken = sum(t.nbytes for p in model.parameters() for t in (p, p.grad)) + sum(m.nbytes for m in moments)
+    assert 0.9 * taken < runtime.least_memory(model.config, s, rt, batch_size=0) <= taken
+
+
+@pytest.mark.parametrize("limit", ["4096\n", "max\n", str(2**62)])
+def test_a_container_may_have_less_memory_than_its_machine(tmp_path, monkeypatch, limit):
+    (tmp_path / "limit").write_text(limit)
+    monkeypatch.setattr(runtime, "Path", lambda path: tmp_path / "limit")
+    pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert runtime.choose("cpu").memory() == (4096 if limit == "4096\n" else pages)
+
+
 def test_only_the_first_process_speaks(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank, spoken in (("0", "a line\n"), ("1", "")):
@@ -204,6 +224,7 @@ def test_micro_batches_that_can_t_be_shared_out_are_refused_with_the_next_number
     for processes, batch, micro_batches, more in (
         ("1", 8, 7, None),
         ("4", 8, 8, None),
+        ("4", 8, 6, 8),
         ("3", 8, 2, 3),
         ("5", 8, 12, 15),
     ):
