@@ -112,8 +112,8 @@ def is_finished(s, start, max_iters, rt):
         )
     ended = start.in_place and has_ended(start.state, max_iters, s.patience)
     finished = trains and (step > max_iters or ended and holds_step(Path(s.out_dir, "final.pt"), step))
-    # Where one of them has evaluated the step already, it would not take part in the others' evaluation. A command that
-    # only evaluates would give a mean over the weights of several steps.
+    # A process whose step has been evaluated would not take part in the others' evaluation. A command that evaluates
+    # alone would give a mean over the weights of several steps.
     if len(set(rt.gather((step, finished, "val_loss" in start.state.row)))) > 1:
         raise UserError(f"the processes find different checkpoints in {s.out_dir}; put it on a shared disk")
     if finished:
@@ -230,7 +230,7 @@ def check_agreement(ckpt, path, s, dataset):
             f"{' without --resume_from,' * bool(s.resume_from)} in another --out_dir or by --overwrite=True"
         )
     check_consistency(ckpt, path)
-    # What auto_batch_size finds is said by a line of its own.
+    # auto_batch_size says what it finds in a line of its own.
     unsaid = MAY_DIFFER_UNSAID + ("batch_size", "gradient_accumulation_steps") * s.auto_batch_size
     changed = [key for key, value in now.items() if key not in unsaid and then.get(key, value) != value]
     return [f"{key} {then[key]} -> {now[key]}" for key in changed]

@@ -320,7 +320,7 @@ def guess(key, known, cutoff=0.5):
     return "", ""
 
 
-# What a message says that a setting of a type takes.
+# Messages say by these words what a setting of each type takes.
 WANTED = {
     bool: "True or False",
     int: "a whole number",

@@ -55,6 +55,18 @@ def content(folder):
     return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
+def at_each_forward(monkeypatch, look):
+    """A list that gets look(model) at each forward pass of a training."""
+    forward, seen = GPT.forward, []
+
+    def watched(model, *args):
+        seen.append(look(model))
+        return forward(model, *args)
+
+    monkeypatch.setattr(GPT, "forward", watched)
+    return seen
+
+
 def test_a_step_is_adamw_on_the_mean_gradient_of_the_global_batch(train):
     """One process of the loop against the same steps done at once: plain cross-entropy, AdamW written out by hand."""
     assert train("--out_dir=out/a", "--n_layer=2", "--dropout=0", "--max_iters=3", "--eval_interval=0")[0] == 0
@@ -102,13 +114,7 @@ def test_micro_batches_do_not_change_the_training(train):
 
 
 def test_dropout_changes_a_step_by_a_seed_of_each_micro_batch(train, monkeypatch):
-    forward, seeds = GPT.forward, []
-
-    def watched(model, *args):
-        seeds.append(torch.initial_seed())
-        return forward(model, *args)
-
-    monkeypatch.setattr(GPT, "forward", watched)
+    seeds = at_each_forward(monkeypatch, lambda model: torch.initial_seed())
     for out, dropout in (("out/a", 0.2), ("out/b", 0.0)):
         train(f"--out_dir={out}", f"--dropout={dropout}", "--max_iters=3", "--eval_interval=0")
         assert checkpoint.load(f"{out}/final.pt")["model_args"]["dropout"] == dropout
@@ -210,7 +216,7 @@ def test_the_last_step_is_logged_and_evaluated_whatever_the_intervals(train, mon
     train("--out_dir=out/a", "--max_iters=3", "--log_interval=2", "--eval_interval=2")
     found = rows("out/a")
     assert [row["step"] for row in found] == [0, 2, 3] and all("val_loss" in row for row in found)
-    assert [row["tokens_per_sec"] for row in found[1:]] == [4 * 2 * 16 / 0.5] * 2  # of a step that takes half a second
+    assert [row["tokens_per_sec"] for row in found[1:]] == [4 * 2 * 16 / 0.5] * 2  # A step takes half a second.
 
 
 def test_the_validation_loss_is_the_stream_protocol_s(train, finished, script):
@@ -404,13 +410,7 @@ def test_compiled_blocks_compute_what_eager_ones_do(train):
 
 def test_recompute_trains_the_same_to_the_bit(train, monkeypatch):
     """Dropout is drawn again as it was; one block at a time is what is computed again."""
-    forward, recomputes = GPT.forward, []
-
-    def watched(model, *args):
-        recomputes.append(model.recompute)
-        return forward(model, *args)
-
-    monkeypatch.setattr(GPT, "forward", watched)
+    recomputes = at_each_forward(monkeypatch, lambda model: model.recompute)
     train("--out_dir=out/a", "--n_layer=2")
     assert train("--out_dir=out/b", "--n_layer=2", "--recompute=True")[0] == 0
     assert recomputes == [False] * 24 + [True] * 24  # 12 steps of two micro-batches
@@ -745,7 +745,7 @@ def test_eval_only_writes_nothing_and_compiles_nothing(train, monkeypatch):
     assert f"val loss {last:.4f}" in out
     _, out, _ = train("--out_dir=out/a", "--eval_only=True")  # a fresh model: out_dir is not looked at
     assert f"val loss {rows('out/a')[0]['val_loss']:.4f}" in out
-    assert before == {p.name: p.read_bytes() for p in Path("out/a").iterdir()}
+    assert content("out/a") == before
 
 
 def test_epochs(train):
@@ -857,12 +857,12 @@ def test_killed_in_the_middle_the_same_command_goes_on_to_the_same_bits(corpus, 
 
 def test_a_folder_with_checkpoints_but_no_ckpt_is_left_alone(train, finished):
     Path("out/a/ckpt.pt").unlink()
-    before = {p.name: p.read_bytes() for p in Path("out/a").iterdir()}
+    before = content("out/a")
     status, _, err = train("--out_dir=out/a")
     assert status == 2 and "no ckpt.pt" in err and "--overwrite=True" in err
     status, _, err = train("--out_dir=out/a", "--init_from=out/a/best.pt", "--overwrite=True")
     assert status == 2 and "out/a/best.pt itself" in err
-    assert before == {p.name: p.read_bytes() for p in Path("out/a").iterdir()}
+    assert content("out/a") == before
 
 
 def test_an_end_cut_short_is_made_good(train, finished):
