@@ -72,7 +72,7 @@ def write_folder(folder, contents, state):
         save_file(state, partial / "model.safetensors", metadata={"format": "pt"})
         for path in partial.iterdir():
             with open(path, "rb+") as f:  # Windows flushes no file that is open for reading alone.
-                os.fsync(f.fileno())
+                files.sync(f)
         os.chmod(partial, 0o777 & ~umask())  # mkdtemp and safetensors leave others no access.
         os.chmod(partial / "model.safetensors", 0o666 & ~umask())
         if inside:
